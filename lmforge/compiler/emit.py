@@ -1,0 +1,36 @@
+"""emit: a plan's steps become jobs, each with the folders it reads and the one it fills. The nodes bring torch in when they run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lmforge.plan import Plan, Step
+from lmforge.step import Context, Report
+
+
+@dataclass(frozen=True)
+class Job:
+    """A step bound to folders."""
+
+    step: Step
+    folder: Path
+    inputs: Mapping[str, Path]
+
+    def run(self, report: Report) -> dict[str, Any]:
+        """Run in this process; returns the step's metrics."""
+        out = self.folder / self.step.produces
+        out.mkdir(parents=True, exist_ok=True)
+        return self.step.spec.run(
+            Context(step=self.step.name, folder=self.folder, out=out, inputs=self.inputs, placement=self.step.placement, report=report)
+        )
+
+
+def emit(plan: Plan, folders: Mapping[str, Path]) -> tuple[Job, ...]:
+    """A job per step; `folders` maps a step's name to its folder. An artifact is the folder named by what its step produces."""
+    made = {step.name: folders[step.name] / step.produces for step in plan.steps}
+    return tuple(
+        Job(step=step, folder=folders[step.name], inputs={one.kind: made[one.step] for one in step.inputs}) for step in plan.steps
+    )

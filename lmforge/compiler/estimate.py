@@ -1,0 +1,69 @@
+"""estimate: exact parameter counts, FLOPs by the stated convention, and the static memory of training.
+
+Static memory is parameters, gradients and optimizer states. Activations, time and money are not estimated here and stay null.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lmforge.compiler.resolve import flops_per_token
+from lmforge.errors import PlanError
+from lmforge.hardware.nodes import Machine
+from lmforge.model.weights import ParamCount, Weight, count, weights
+from lmforge.parallel.nodes import Part
+from lmforge.plan import Cost, PeakBytes, Plan, Step
+from lmforge.precision.nodes import dtype_bytes
+from lmforge.stage.nodes import TrainingStage
+
+GIB = 2**30
+
+
+def estimate(plan: Plan) -> Plan:
+    """The plan with costs; PlanError where the static memory alone does not fit the device."""
+    config = plan.experiment.model.config()
+    params, parts = count(config), list(weights(config))
+    machine = plan.experiment.hardware.machine()
+    return dataclasses.replace(plan, steps=tuple(_fits(_costed(step, params, parts), machine) for step in plan.steps))
+
+
+def _costed(step: Step, params: ParamCount, parts: list[Weight]) -> Step:
+    if not isinstance(step.spec, TrainingStage):
+        if "checkpoint" not in {step.produces, *(one.kind for one in step.inputs)}:
+            return step
+        return dataclasses.replace(step, cost=Cost(params_total=params.total, params_active=params.active))
+    stage = step.spec
+    assert stage.budget.steps is not None and stage.seq_len is not None
+    tokens = stage.budget.steps * (stage.optimizer.global_batch_tokens or 0)
+    cost = Cost(
+        params_total=params.total,
+        params_active=params.active,
+        params_trainable=params.total,
+        tokens=tokens,
+        train_flops=tokens * flops_per_token(params, stage.seq_len),
+        peak_bytes_per_device=_static(step, stage, params, parts),
+    )
+    return dataclasses.replace(step, cost=cost)
+
+
+def _static(step: Step, stage: TrainingStage, params: ParamCount, parts: list[Weight]) -> PeakBytes:
+    """Bytes on one device, sharded as the parallel option says; each shard is rounded up."""
+    devices, width = step.placement.devices, dtype_bytes(stage.precision.param_dtype)
+    states = sum(stage.optimizer.state_bytes(one.shape, one.name) * one.count for one in parts)
+    amounts: dict[Part, int] = {"params": params.total * width, "grads": params.total * width, "optimizer": states}
+    here = {part: 0 if stage.parallel.offloads(part) else -(-amount // stage.parallel.shard_degree(part, devices)) for part, amount in amounts.items()}
+    return PeakBytes(**here)
+
+
+def _fits(step: Step, machine: Machine) -> Step:
+    need = step.cost.peak_bytes_per_device.static
+    room = machine.memory_per_device(step.placement.devices)
+    if need <= room:
+        return step
+    peak = step.cost.peak_bytes_per_device
+    parts = ", ".join(f"{name} {(getattr(peak, name) or 0) / GIB:.1f}" for name in ("params", "grads", "optimizer"))
+    raise PlanError(
+        step.name,
+        f"needs {need / GIB:.1f} GiB on each of {step.placement.devices} device(s) before activations ({parts}), and {machine.name} has {room / GIB:.1f} GiB for each",
+        "type a smaller model=, parallel=fsdp over more devices, or plan for another hardware= (list hardware)",
+    )

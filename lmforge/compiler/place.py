@@ -1,0 +1,50 @@
+"""place: where each step runs, and how its global batch is cut into micro-batches."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lmforge.errors import PlanError
+from lmforge.plan import Plan, Step
+from lmforge.stage.nodes import TrainingStage
+from lmforge.step import Placement
+
+MICRO_BATCH_TOKENS = 8192  # tokens a device takes at once where no micro_batch_size is given
+
+
+def place(plan: Plan) -> Plan:
+    """The plan with a placement for every step."""
+    available = plan.experiment.hardware.machine().devices
+    return dataclasses.replace(plan, steps=tuple(_placed(step, available) for step in plan.steps))
+
+
+def _placed(step: Step, available: int) -> Step:
+    if not isinstance(step.spec, TrainingStage):
+        return dataclasses.replace(step, placement=Placement(devices=1))
+    stage, parallel = step.spec, step.spec.parallel
+    devices = parallel.world(available)
+    mesh = parallel.mesh(devices)
+    ranks = mesh.get("dp_replicate", 1) * mesh.get("dp_shard", 1)
+    batch = stage.optimizer.global_batch_tokens or 0
+    rows = batch // stage.row_tokens
+    where = f"stage.{step.name}"
+    if rows % ranks:
+        near = max(1, round(rows / ranks)) * ranks * stage.row_tokens
+        raise PlanError(f"{where}.optimizer.global_batch_tokens", f"{rows} rows do not split over {ranks} devices", f"type {near}, or fewer parallel.devices")
+    each = rows // ranks
+    micro = parallel.micro_batch_size or largest_divisor(each, MICRO_BATCH_TOKENS // stage.row_tokens)
+    if each % micro:
+        raise PlanError(f"{where}.parallel.micro_batch_size", f"{micro} does not divide the {each} rows a device has", f"type one of {divisors(each)}")
+    line = f"{rows} rows = {ranks} devices x {micro} rows x {each // micro} accumulated"
+    placement = Placement(devices=devices, mesh=mesh, micro_batch_size=micro, accumulation=each // micro)
+    return dataclasses.replace(step, placement=placement, arithmetic=(*step.arithmetic, line))
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`, and at least 1."""
+    return max(one for one in range(1, number + 1) if number % one == 0 and (one <= limit or one == 1))
+
+
+def divisors(number: int) -> str:
+    """All divisors, as text."""
+    return ", ".join(str(one) for one in range(1, number + 1) if number % one == 0)

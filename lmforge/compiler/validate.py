@@ -1,0 +1,90 @@
+"""validate: relations between nodes. What one node can see of itself it has checked already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lmforge.errors import PlanError, Problem
+from lmforge.model.weights import max_positions, vocab_size
+from lmforge.plan import Plan
+from lmforge.stage.nodes import TrainingStage
+from lmforge.tokenizer.nodes import Tokenize
+
+
+def validate(plan: Plan) -> Plan:
+    """The same plan; PlanError with every relation that does not hold."""
+    problems = [problem for rule in RULES for problem in rule(plan)]
+    if problems:
+        raise PlanError.of(problems)
+    return plan
+
+
+def order(plan: Plan) -> Iterator[Problem]:
+    """A stage may not throw away what an earlier one learned."""
+    stages = plan.experiment.stages
+    for before, after in zip(stages, stages[1:], strict=False):
+        if after.stage.follows and before.stage.type not in after.stage.follows:
+            names = sorted((one.name for one in stages), key=lambda name: next(bool(s.stage.consumes[0] == "checkpoint") for s in stages if s.name == name))
+            yield Problem("stage", f"{after.name} cannot come after {before.name}", f"type 'stage=[{','.join(names)}]'")
+
+
+def views(plan: Plan) -> Iterator[Problem]:
+    """The data must offer the view a stage reads."""
+    for named in plan.experiment.stages:
+        data = getattr(named.stage, "data", None)
+        if data is not None and named.stage.view and named.stage.view not in data.views:
+            offers = ", ".join(data.views) or "nothing readable"
+            yield Problem(f"stage.{named.name}.data", f"{data.type} offers {offers}, not the {named.stage.view} view that {named.name} reads", f"type stage.{named.name}.data=<an option with a {named.stage.view} view>")
+
+
+def context(plan: Plan) -> Iterator[Problem]:
+    """A sequence cannot be longer than the model's positions."""
+    longest = max_positions(plan.experiment.model.config())
+    for named in plan.experiment.stages:
+        stage = named.stage
+        if isinstance(stage, TrainingStage) and stage.seq_len is not None and stage.seq_len > longest:
+            yield Problem(f"stage.{named.name}.seq_len", f"{stage.seq_len:,} tokens do not fit the model's context of {longest:,}", f"type at most {longest}")
+
+
+def vocabulary(plan: Plan) -> Iterator[Problem]:
+    """A tokenizer cannot be bigger than the model's vocabulary."""
+    known = vocab_size(plan.experiment.model.config())
+    wanted = getattr(plan.experiment.model.tokenizer, "vocab_size", None)
+    if wanted is not None and wanted > known and any(isinstance(step.spec, Tokenize) for step in plan.steps):
+        yield Problem(
+            "model.tokenizer.vocab_size", f"a tokenizer of {wanted:,} entries is bigger than the model's vocabulary of {known:,}", f"type at most {known}, or model.vocab_size={wanted}"
+        )
+
+
+def same_shape(plan: Plan) -> Iterator[Problem]:
+    """Weights and a model typed beside them must be one architecture; the fetch step checks hub weights when they arrive."""
+    from pathlib import Path
+
+    from lmforge.formats.store import read_json
+
+    wanted = plan.experiment.model.config()
+    for named in plan.experiment.stages:
+        source = getattr(named.stage, "init_from", None)
+        if source is None or not (Path(source) / "config.json").is_file():
+            continue
+        here = read_json(Path(source) / "config.json")
+        for key in ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size"):
+            if key in here and key in wanted and here[key] != wanted[key]:
+                yield Problem(f"stage.{named.name}.init_from", f"its config.json says {key}={here[key]}, the model says {wanted[key]}", "leave model out, the weights decide")
+                break
+
+
+def devices(plan: Plan) -> Iterator[Problem]:
+    """No more devices than there are."""
+    machine = plan.experiment.hardware.machine()
+    for named in plan.experiment.stages:
+        parallel = getattr(named.stage, "parallel", None)
+        if parallel is not None and (asked := parallel.world(machine.devices)) > machine.devices:
+            yield Problem(
+                f"stage.{named.name}.parallel.devices",
+                f"{asked} devices asked, {machine.name} has {machine.devices}",
+                f"type parallel.devices={machine.devices}, or plan for another hardware=",
+            )
+
+
+RULES = (order, views, context, vocabulary, same_shape, devices)

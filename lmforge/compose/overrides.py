@@ -1,0 +1,119 @@
+"""What was typed, made into what Hydra takes: options by dotted path, no `+` ever needed, near misses named.
+
+    optimizer.schedule=wsd        ->  optimizer/schedule=wsd
+    stage.dpo.optimizer=muon      ->  +optimizer@stage.dpo.optimizer=muon
+    stage.dpo.optimizer.lr=1e-6   ->  ++stage.dpo.optimizer.lr=1e-6     (the strict decode judges the key)
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString, Sweep
+from hydra.errors import HydraException
+
+from lmforge.compose.catalog import Catalog
+from lmforge.errors import ConfigError, Problem, did_you_mean
+
+ROOT_KEYS = ("seed", "name", "output")
+PACKAGED = ("stage",)  # groups whose options live at <group>.<option>
+
+
+@dataclass(frozen=True)
+class Typed:
+    """One override: the dotted key as the user means it, its text for Hydra, and whether it chooses an option."""
+
+    key: str
+    hydra: str
+    is_choice: bool
+
+    @classmethod
+    def of_hydra(cls, text: str) -> Typed:
+        """The override again from what Hydra was given, as a sweep's job knows it."""
+        head = text.lstrip("+~").partition("=")[0]
+        group, _, package = head.partition("@")
+        return cls((package or group).replace("/", "."), text, "++" not in text[:2])
+
+
+def translate(texts: Iterable[str], catalog: Catalog) -> list[Typed]:
+    """Every override for Hydra; ConfigError with all that are wrong."""
+    problems: list[Problem] = []
+    typed = []
+    for text in texts:
+        try:
+            override = OverridesParser.create().parse_override(text)
+            typed.append(_one(text, override, catalog, problems))
+        except HydraException as error:
+            problems.append(Problem(text, f"not an override: {str(error).splitlines()[0][:120]}", "write key=value, and quote it for the shell where it has spaces or brackets"))
+    if problems:
+        raise ConfigError.of(problems)
+    return typed
+
+
+def _one(text: str, override: Override, catalog: Catalog, problems: list[Problem]) -> Typed:
+    key, value = override.key_or_group, text.partition("=")[2]
+    if key.split("/")[0].split(".")[0] == "hydra" or key.startswith("hydra@"):
+        problems.extend(_hydra_sweep(override))
+        return Typed(key, text, "/" in key)
+    if override.package is not None or override.is_delete():
+        return Typed(f"{override.package or key}", text, True)
+    path = key.replace(".", "/")
+    if "_target_" in key.split("."):
+        problems.append(Problem(key, "config is data and nothing it names is imported", "choose an option of the group, or install a plugin package"))
+    if path in catalog.options and not isinstance(override.value(), dict):
+        problems.extend(_choices(path, override, catalog))
+        return Typed(key.replace("/", "."), f"{path}={value}", True)
+    first, _, rest = key.partition(".")
+    if first in PACKAGED and rest:
+        name, _, inner = rest.partition(".")
+        group = inner.replace(".", "/")
+        if group in catalog.options and not isinstance(override.value(), dict):
+            problems.extend(_choices(group, override, catalog))
+            return Typed(key, f"+{group}@{key}={value}", True)
+    problems.extend(_known_root(first, override, catalog))
+    return Typed(key, f"++{key}={value}", False)
+
+
+def _hydra_sweep(override: Override) -> Iterator[Problem]:
+    if override.is_sweep_override():
+        yield Problem(override.key_or_group, "Hydra's own keys cannot be an axis of a sweep", "give it one value")
+
+
+def _known_root(first: str, override: Override, catalog: Catalog) -> Iterator[Problem]:
+    groups = {group for group in catalog.options if "/" not in group}
+    if first in groups or first in ROOT_KEYS:
+        return
+    near = difflib.get_close_matches(first, [*groups, *ROOT_KEYS], n=1, cutoff=0.6)
+    value = override.get_value_element_as_str()
+    hint = f"did you mean '{near[0]}{'' if '.' in override.key_or_group else f'={value}'}'?" if near else f"the groups are: {', '.join(sorted(groups))}"
+    yield Problem(override.key_or_group, "unknown group or key", hint)
+
+
+def _choices(group: str, override: Override, catalog: Catalog) -> Iterator[Problem]:
+    known = catalog.options[group]
+    for one in _flat(override.value()):
+        options = [_text(item) for item in one] if isinstance(one, list) else [_text(one)]
+        for option in options:
+            if option is not None and option not in known:
+                yield Problem(group.replace("/", "."), f"unknown option {option!r}", did_you_mean(option, known))
+        twice = next((option for option in options if options.count(option) > 1), None)
+        if twice is not None:
+            yield Problem(
+                group, f"{twice!r} is there twice", f"give the second a name of its own in an experiment file: '- /{group}@{group}.again: {twice}'"
+            )
+
+
+def _flat(value: Any) -> list[Any]:
+    if isinstance(value, ChoiceSweep):
+        return list(value.list)
+    return [] if isinstance(value, Sweep) else [value]
+
+
+def _text(value: Any) -> str | None:
+    if value is None:
+        return None
+    return str(value.text) if isinstance(value, QuotedString) else str(value)

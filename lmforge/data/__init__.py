@@ -1,0 +1,1 @@
+"""Where rows come from: sources that each write a `corpus` of text, chat and preference rows."""

@@ -1,0 +1,66 @@
+"""Pieces that families share, with transformers' names and `nn.Linear`'s (out, in) shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lmforge.model.families import Sizes, Weight
+
+LAYER = "model.layers.{layer}"
+
+
+def linear(name: str, out: int, width: int, count: int, bias: bool) -> Iterator[Weight]:
+    """`nn.Linear(width, out, bias)`."""
+    yield Weight(f"{name}.weight", (out, width), count)
+    if bias:
+        yield Weight(f"{name}.bias", (out,), count)
+
+
+def ends(sizes: Sizes) -> Iterator[Weight]:
+    """Token embedding, final norm, and the output head where it is not the embedding itself."""
+    yield Weight("model.embed_tokens.weight", (sizes.vocab_size, sizes.hidden_size), 1, role="embedding")
+    yield Weight("model.norm.weight", (sizes.hidden_size,), 1)
+    yield from head(sizes)
+
+
+def head(sizes: Sizes) -> Iterator[Weight]:
+    """`lm_head`, absent where embeddings are tied."""
+    if not sizes.tie_word_embeddings:
+        yield Weight("lm_head.weight", (sizes.vocab_size, sizes.hidden_size), 1, role="head")
+
+
+def attention(sizes: Sizes, bias: bool, out_bias: bool) -> Iterator[Weight]:
+    """Grouped-query attention: query, key, value and output projections of every layer."""
+    name, count = f"{LAYER}.self_attn", sizes.num_hidden_layers
+    queries, keys = sizes.num_attention_heads * sizes.head_dim, sizes.num_key_value_heads * sizes.head_dim
+    yield from linear(f"{name}.q_proj", queries, sizes.hidden_size, count, bias)
+    yield from linear(f"{name}.k_proj", keys, sizes.hidden_size, count, bias)
+    yield from linear(f"{name}.v_proj", keys, sizes.hidden_size, count, bias)
+    yield from linear(f"{name}.o_proj", sizes.hidden_size, queries, count, out_bias)
+
+
+def query_key_norms(sizes: Sizes, queries: int, keys: int) -> Iterator[Weight]:
+    """RMSNorms on queries and keys, of the given widths."""
+    yield Weight(f"{LAYER}.self_attn.q_norm.weight", (queries,), sizes.num_hidden_layers)
+    yield Weight(f"{LAYER}.self_attn.k_norm.weight", (keys,), sizes.num_hidden_layers)
+
+
+def gated_mlp(sizes: Sizes, count: int, bias: bool = False) -> Iterator[Weight]:
+    """SwiGLU or GeGLU feed-forward of `count` layers (Shazeer 2020)."""
+    yield from linear(f"{LAYER}.mlp.gate_proj", sizes.intermediate_size, sizes.hidden_size, count, bias)
+    yield from linear(f"{LAYER}.mlp.up_proj", sizes.intermediate_size, sizes.hidden_size, count, bias)
+    yield from linear(f"{LAYER}.mlp.down_proj", sizes.hidden_size, sizes.intermediate_size, count, bias)
+
+
+def experts(sizes: Sizes, count: int, width: int) -> Iterator[Weight]:
+    """Router and experts of `count` layers; transformers 5 fuses all experts of a layer into two tensors."""
+    number, top = sizes.more["num_local_experts"], sizes.more["num_experts_per_tok"]
+    yield Weight(f"{LAYER}.mlp.gate.weight", (number, sizes.hidden_size), count)
+    yield Weight(f"{LAYER}.mlp.experts.gate_up_proj", (number, 2 * width, sizes.hidden_size), count, active=top / number)
+    yield Weight(f"{LAYER}.mlp.experts.down_proj", (number, sizes.hidden_size, width), count, active=top / number)
+
+
+def norms(sizes: Sizes, *names: str) -> Iterator[Weight]:
+    """RMSNorms over the hidden size, one of each name a layer."""
+    for name in names:
+        yield Weight(f"{LAYER}.{name}.weight", (sizes.hidden_size,), sizes.num_hidden_layers)

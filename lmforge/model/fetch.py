@@ -1,0 +1,134 @@
+"""The step that makes named weights an artifact of the pipeline, and the digest that says what those weights are."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from lmforge.errors import CheckpointError
+from lmforge.model.source import local_folder, pinned
+from lmforge.registry import Key, register
+from lmforge.step import Context, StepNode
+
+# Everything a Hugging Face model folder needs, and nothing that runs: no pickles, no Python.
+PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "merges*")
+
+
+@register("step", "weights")
+class FetchWeights(StepNode):
+    """Weights that a config names, from a local folder or the hub, as a checkpoint. Safetensors only."""
+
+    produces = "checkpoint"
+
+    # Content is what they are; where they lie is not.
+    source: Annotated[str, Key("a local folder or a hub id", identity=False)]
+    revision: Annotated[str | None, Key("hub commit; null = the hub's newest", identity=False)]
+    content: Annotated[str, Key("what the weights are: the folder's digest, or hub id @ commit")]
+
+    @classmethod
+    def of(cls, source: str, revision: str | None, cache: Path) -> FetchWeights:
+        """The step for a source: a folder is hashed (`cache` remembers it), a hub id is pinned where its commit is known."""
+        folder = local_folder(source)
+        if folder:
+            _weight_files(folder)
+            return cls(source=str(folder.resolve()), revision=None, content=folder_digest(folder, cache))
+        commit = pinned(source, revision)
+        return cls(source=source, revision=commit, content=f"{source}@{commit or 'main'}")
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """Links (or, where links fail, copies) every file of the model into `context.out`."""
+        local = local_folder(self.source)
+        folder = local or _download(self.source, self.revision)
+        weights = _weight_files(folder)
+        if local and folder_digest(folder, context.folder / "digests.json") != self.content:
+            raise CheckpointError(self.source, "its files changed after the plan was made", "plan and run again")
+        files = list(_model_files(folder))
+        context.out.mkdir(parents=True, exist_ok=True)
+        for done, path in enumerate(files, 1):
+            _link(path.resolve(), context.out / path.name)
+            context.report.progress(done, len(files), path.name)
+        return {"files": len(files), "weight_bytes": sum(path.stat().st_size for path in weights)}
+
+
+def folder_digest(folder: Path, cache: Path) -> str:
+    """SHA-256 over the names and contents of a model folder's files; `cache` (JSON) spares unchanged ones by size and mtime."""
+    remembered = _read_cache(cache)
+    lines = []
+    for path in _model_files(folder):
+        real, status = path.resolve(), path.stat()
+        key = f"{real}:{status.st_size}:{status.st_mtime_ns}"
+        if key not in remembered:
+            with real.open("rb") as file:
+                remembered[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        lines.append(f"{path.name} {remembered[key]}\n")
+    _write_cache(cache, remembered)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _model_files(folder: Path) -> Iterator[Path]:
+    yield from sorted({path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()})
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a complete model folder; CheckpointError where something is missing."""
+    if not folder.is_dir():
+        raise CheckpointError(str(folder), "there is no such folder", "name a folder with config.json and *.safetensors, or a hub id")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(str(folder), "has no config.json", "name a folder in Hugging Face format")
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        if (folder / "model.safetensors").is_file():
+            return [folder / "model.safetensors"]
+        raise CheckpointError(str(folder), "has no model.safetensors", "convert the weights to safetensors; other formats are never loaded")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(str(index), f"is not an index of safetensors ({type(error).__name__})", "restore the file") from error
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise CheckpointError(str(index), f"names {name!r}, which is not in the folder", "complete the download")
+    return [folder / name for name in names]
+
+
+def _download(source: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(PATTERNS)))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        what = f"the weights are not in the local cache and the hub did not answer ({type(error).__name__})"
+        raise CheckpointError(source, what, "give a local folder, or run once with a network") from error
+
+
+def _link(target: Path, link: Path) -> None:
+    link.unlink(missing_ok=True)  # what an interrupted run left
+    try:
+        link.symlink_to(target)
+    except OSError:  # a file system without links
+        partial = link.with_name(f".{link.name}.partial")
+        shutil.copy2(target, partial)
+        os.replace(partial, link)
+
+
+def _read_cache(cache: Path) -> dict[str, str]:
+    # A cache that cannot be read costs one more hashing, and is then written anew.
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(cache.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return {str(key): str(value) for key, value in found.items()}
+    return {}
+
+
+def _write_cache(cache: Path, remembered: dict[str, str]) -> None:
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=cache.parent, prefix=f".{cache.name}", delete=False, encoding="utf-8") as file:
+        json.dump(remembered, file)
+    os.replace(file.name, cache)

@@ -1,0 +1,1 @@
+"""How weights move: optimizers and their learning-rate schedules."""

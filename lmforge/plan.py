@@ -1,0 +1,112 @@
+"""The intermediate representation: what will run, in which order, where, and at what cost. Immutable; exact as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmforge.codec import decode, encode
+from lmforge.errors import PlanError, did_you_mean
+from lmforge.experiment import Experiment
+from lmforge.registry import lookup
+from lmforge.step import Placement, StepNode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """What a step makes: a folder of a known kind (corpus, tokenizer, tokens:text, checkpoint, metrics, ...)."""
+
+    step: str
+    kind: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeakBytes:
+    """Bytes on the fullest device, by part; null is a part not estimated, and a total is given only when all parts are."""
+
+    params: int | None = None
+    grads: int | None = None
+    optimizer: int | None = None
+    activations: int | None = None
+    total: int | None = None
+
+    @property
+    def static(self) -> int:
+        """Parameters, gradients and optimizer states."""
+        return (self.params or 0) + (self.grads or 0) + (self.optimizer or 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a step takes; null is not estimated, never a guess. FLOPs by 6N + 6LdT per token, N active parameters, causal attention."""
+
+    params_total: int | None = None
+    params_active: int | None = None
+    params_trainable: int | None = None
+    tokens: int | None = None
+    train_flops: float | None = None
+    peak_bytes_per_device: PeakBytes = field(default_factory=PeakBytes)
+    seconds: float | None = None
+    device_hours: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step: `spec` is the node that runs, `content` what decides the result beyond its keys, `digest` what it *is*."""
+
+    name: str
+    stage: str  # the type of the node that runs
+    group: str  # the group that type belongs to
+    spec: StepNode
+    inputs: tuple[Artifact, ...] = ()
+    content: str = ""
+    digest: str = ""
+    arithmetic: tuple[str, ...] = ()  # how derived numbers came about, for people
+    placement: Placement = field(default_factory=Placement)
+    cost: Cost = field(default_factory=Cost)
+
+    @property
+    def produces(self) -> str:
+        """The kind of artifact it makes, and the folder's name inside the step's."""
+        return self.spec.produces
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Steps in the order they run; each consumes only what earlier ones make."""
+
+    experiment: Experiment
+    steps: tuple[Step, ...] = ()
+
+    def step(self, name: str) -> Step:
+        """The step of that name; PlanError with the nearest one where there is none."""
+        for step in self.steps:
+            if step.name == name:
+                return step
+        raise PlanError(name, "no such step in this plan", did_you_mean(name, [step.name for step in self.steps]))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` gives an equal plan back."""
+        plain: dict[str, Any] = encode(self)
+        return plain
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Plan:
+        """The plan that `to_json` wrote."""
+        return cls(experiment=decode(Experiment, plain["experiment"], "experiment"), steps=tuple(read_step(one) for one in plain["steps"]))
+
+
+def read_step(plain: Mapping[str, Any]) -> Step:
+    """One step from plain data; `status` and `why`, which only a store knows, are passed over."""
+    where = f"steps.{plain['name']}"
+    spec = decode(lookup(plain["group"], plain["stage"], where), plain["spec"], f"{where}.spec")
+    rest = {name: value for name, value in plain.items() if name not in ("spec", "status", "why")}
+    return Step(
+        **{name: rest[name] for name in ("name", "stage", "group", "content", "digest")},
+        spec=spec,
+        inputs=decode(tuple[Artifact, ...], rest["inputs"], f"{where}.inputs"),
+        arithmetic=tuple(rest["arithmetic"]),
+        placement=decode(Placement, rest["placement"], f"{where}.placement"),
+        cost=decode(Cost, rest["cost"], f"{where}.cost"),
+    )

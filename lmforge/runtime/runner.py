@@ -1,0 +1,134 @@
+"""Run a plan: every step that is not done yet, in order, each under its lock; then the manifest of the run."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lmforge.codec import encode
+from lmforge.compiler.emit import Job, emit
+from lmforge.errors import PlanError, Problem, RunError
+from lmforge.explain import render
+from lmforge.formats.store import read_json
+from lmforge.plan import Plan, Step
+from lmforge.runtime import summary
+from lmforge.runtime.launch import launch
+from lmforge.runtime.progress import LiveReport
+from lmforge.runtime.workspace import Workspace
+from lmforge.track.jsonl import Metrics
+from lmforge.track.nodes import ArtifactRef, RunInfo, Tracker
+
+TRACKED = ("stage", "eval", "quantize")  # groups whose steps are runs in the tracker; preparing data is not
+RECORDED = ("torch", "lightning", "transformers", "tokenizers", "datasets", "lmforge")
+
+
+def run(plan: Plan, console: Console) -> dict[str, Any]:
+    """Make the plan true; returns the metrics of each step. Ctrl-C leaves every finished step and the last state in place."""
+    runnable(plan)
+    workspace = Workspace(plan.experiment.output)
+    workspace.prepare()
+    statuses = workspace.statuses(plan)
+    console.print(render(plan, statuses), highlight=False, markup=False, soft_wrap=True)
+    started = time.monotonic()
+    folder = workspace.open_run(plan)
+    samples: list[tuple[str, str]] = []
+    for job in emit(plan, {step.name: workspace.folder(step) for step in plan.steps}):
+        samples.extend(_ensure(job, plan, workspace, console))
+    metrics = {step.name: workspace.record(step)["metrics"] for step in plan.steps}
+    workspace.close_run(folder, plan, metrics)
+    fresh = any(status.state != "done" for status in statuses.values())
+    summary.show(console, plan, metrics, samples, folder, workspace, time.monotonic() - started, fresh)
+    return metrics
+
+
+def runnable(plan: Plan) -> None:
+    """Refuse what can be planned but not run yet."""
+    reasons = {step.name: step.spec.parallel.reason for step in plan.steps if hasattr(step.spec, "parallel")}
+    problems = [Problem(f"stage.{name}", reason) for name, reason in reasons.items() if reason]
+    machine, here = plan.experiment.hardware.machine(), plan.experiment.hardware.type == "here"
+    if not here:
+        problems.append(Problem("hardware", f"{machine.name} is described, not this machine", "use plan for it; run with hardware=here"))
+    if problems:
+        raise PlanError.of(problems)
+
+
+def _ensure(job: Job, plan: Plan, workspace: Workspace, console: Console) -> list[tuple[str, str]]:
+    """Run a job unless its step is done, here or meanwhile in another process."""
+    step = job.step
+    if workspace.is_done(step):
+        return []
+    with workspace.lock(step):
+        if workspace.is_done(step):
+            return []
+        try:
+            return _run(job, plan, workspace, console)
+        except OSError as error:
+            if error.errno is None or error.filename is None and error.errno not in (28, 30, 122):
+                raise
+            raise RunError(step.name, f"{error.strerror}: {error.filename or workspace.output}", "make room or mend the folder and type the same again") from error
+
+
+def _run(job: Job, plan: Plan, workspace: Workspace, console: Console) -> list[tuple[str, str]]:
+    step = job.step
+    job.folder.mkdir(parents=True, exist_ok=True)
+    resumed = _resumed_from(job.folder)
+    tracker = _tracker(step, plan, job.folder, resumed, console)
+    lines = Metrics(job.folder / "metrics.jsonl")
+    lines.rewind(resumed or 0)
+    started = time.monotonic()
+    try:
+        with contextlib.closing(lines), LiveReport(step.name, console, lines, tracker) as report:
+            metrics = launch(job, report)
+    except BaseException as error:
+        if tracker:
+            tracker.finish({"error": type(error).__name__}, exit_code=1)
+        raise
+    seconds = time.monotonic() - started
+    workspace.finish(step, metrics, seconds, versions())
+    if tracker:
+        made = {one.name: one for one in plan.steps}
+        inputs = [ArtifactRef(f"{one.step}-{made[one.step].digest}", one.kind, job.inputs[one.kind]) for one in step.inputs]
+        tracker.artifact(ArtifactRef(f"{step.name}-{step.digest}", step.produces, job.folder / step.produces), inputs)
+        tracker.finish(summary.flat(metrics))
+    console.print(f"{step.name}: {summary.line(step, metrics)} ({seconds:.0f} s)", highlight=False, markup=False)
+    return report.samples
+
+
+def _tracker(step: Step, plan: Plan, folder: Path, resumed: int | None, console: Console) -> Tracker | None:
+    if step.group not in TRACKED:
+        return None
+    info = RunInfo(
+        id=f"{step.name}-{step.digest}".replace(".", "-"),
+        name=f"{step.name}-{step.digest[:8]}",
+        experiment=plan.experiment.name,
+        stage=step.stage,
+        config=encode(step) | {"model": plan.experiment.model.config(), "experiment": plan.experiment.name},
+        folder=folder,
+        resumed_from=resumed,
+    )
+    return plan.experiment.track.open(info, lambda line: console.print(line, highlight=False, markup=False))
+
+
+def _resumed_from(folder: Path) -> int | None:
+    index = folder / "state" / "index.json"
+    return int(read_json(index)["step"]) if index.is_file() else None
+
+
+def versions() -> Mapping[str, str]:
+    """What the step was made with: recorded, never part of a digest."""
+    return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in RECORDED}
+
+
+def interrupted(console: Console) -> int:
+    """What Ctrl-C says; 130 as shells have it."""
+    console.print("stopped; what is done is kept: type the same again to go on", highlight=False)
+    return 130
+
+

@@ -1,0 +1,136 @@
+"""What a finished run shows: one table over its checkpoints, a sample of text, where the files are, what to try next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lmforge.explain import flatten, gib
+from lmforge.plan import Plan, Step
+from lmforge.runtime.workspace import Workspace
+
+Metrics = Mapping[str, Mapping[str, Any]]
+MAIN = ("perplexity", "loss")  # what a sweep minimizes: the last step that has one
+
+
+def flat(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Only the numbers, by dotted key."""
+    return {key: value for key, value in flatten(metrics).items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
+
+
+def objective(metrics: Metrics) -> float | None:
+    """The last step's main figure, for sweepers that look for the best point."""
+    for step in reversed(list(metrics.values())):
+        for name in MAIN:
+            if isinstance(step.get(name), (int, float)):
+                return float(step[name])
+    return None
+
+
+def line(step: Step, metrics: Mapping[str, Any]) -> str:
+    """The few figures that tell how a step went."""
+    shown = {key: value for key, value in flat(metrics).items() if "." not in key}
+    return ", ".join(f"{key} {_number(value)}" for key, value in list(shown.items())[:5]) or step.produces
+
+
+def show(
+    console: Console, plan: Plan, metrics: Metrics, samples: Sequence[tuple[str, str]], folder: Path, workspace: Workspace, seconds: float, fresh: bool
+) -> None:
+    """Print it all."""
+    if not fresh:
+        console.print(f"every step is done already ({len(plan.steps)} of {len(plan.steps)}); nothing ran", highlight=False)
+    rows = list(evaluations(plan, metrics))
+    if rows:
+        console.print(table(rows, metrics))
+        for note in baselines(rows):
+            console.print(note, highlight=False)
+    for note in deltas(plan, rows, metrics):
+        console.print(note, highlight=False)
+    for title, text in samples[-1:]:
+        console.rule(title)
+        console.print(text, highlight=False, markup=False)
+    console.rule("files")
+    console.print(f"run       {folder}", highlight=False, soft_wrap=True)
+    for step in plan.steps:
+        if step.produces == "checkpoint":
+            console.print(f"{step.name:<9} {workspace.folder(step) / 'checkpoint'}", highlight=False, soft_wrap=True)
+    console.print(f"{seconds:.0f} s in all", highlight=False)
+    for hint in next_steps(plan, folder):
+        console.print(f"try       {hint}", highlight=False, markup=False, soft_wrap=True)
+
+
+def evaluations(plan: Plan, metrics: Metrics) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each measured checkpoint with its figures."""
+    for step in plan.steps:
+        if step.group == "eval":
+            measured = next(one.step for one in step.inputs if one.kind == "checkpoint")
+            yield measured, metrics[step.name]
+
+
+def table(rows: Sequence[tuple[str, Mapping[str, Any]]], metrics: Metrics) -> Table:
+    """A row per checkpoint; columns for what was measured."""
+    shown = Table("checkpoint", "held-out perplexity", "bits per byte", "preference accuracy", "size on disk")
+    untrained = next((one["untrained_perplexity"] for _, one in rows if "untrained_perplexity" in one), None)
+    if untrained is not None:
+        shown.add_row("untrained", _number(untrained), "", "", "")
+    for name, one in rows:
+        size = metrics.get(name, {}).get("bytes_after")
+        shown.add_row(
+            name,
+            _with_error(one.get("perplexity"), one.get("perplexity_standard_error")),
+            _number(one.get("bits_per_byte")),
+            _with_error(one.get("preference_accuracy"), one.get("preference_accuracy_standard_error")),
+            gib(size) if size else "",
+        )
+    return shown
+
+
+def baselines(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
+    """The bigram model beside the pretrained one, on the same tokens."""
+    for name, one in rows:
+        if "bigram_perplexity" in one:
+            verdict = "below" if one["perplexity"] < one["bigram_perplexity"] else "NOT below"
+            yield f"{name}'s perplexity {one['perplexity']:.1f} is {verdict} an interpolated bigram model's {one['bigram_perplexity']:.1f} on the same tokens"
+
+
+def deltas(plan: Plan, rows: Sequence[tuple[str, Mapping[str, Any]]], metrics: Metrics) -> Iterator[str]:
+    """What preference training gained, and what quantization cost."""
+    measured = dict(rows)
+    for step in plan.steps:
+        if step.name not in measured:
+            continue
+        before = next((one.step for one in step.inputs if one.kind == "checkpoint"), None)
+        if before not in measured:
+            continue
+        here, there = measured[step.name], measured[before]
+        if step.stage == "dpo" and "preference_accuracy" in here:
+            error = (here["preference_accuracy_standard_error"] ** 2 + there["preference_accuracy_standard_error"] ** 2) ** 0.5
+            gain = here["preference_accuracy"] - there["preference_accuracy"]
+            pairs = here["preference_pairs"]
+            yield f"{step.name} moves preference accuracy by {100 * gain:+.1f} points over {before} (standard error {100 * error:.1f}, {pairs:,} held-out pairs)"
+        if step.group == "quantize" and "perplexity" in here:
+            made = metrics[step.name]
+            change = 100 * (here["perplexity"] / there["perplexity"] - 1)
+            yield f"{step.stage}: {gib(made['bytes_before'])} -> {gib(made['bytes_after'])} on disk, perplexity {change:+.2f} %"
+
+
+def next_steps(plan: Plan, folder: Path) -> Iterator[str]:
+    """Lines to type."""
+    yield f'python -m lmforge generate {folder.name} "def "'
+    if any(named.stage.type == "dpo" for named in plan.experiment.stages):
+        yield "python -m lmforge stage.dpo.beta=0.2       # reruns DPO and what follows, nothing before"
+    yield "python -m lmforge compare                  # the latest runs side by side"
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _with_error(value: Any, error: Any) -> str:
+    return "" if value is None else f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else "")

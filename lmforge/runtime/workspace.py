@@ -1,0 +1,129 @@
+"""The store: steps/<name>-<digest>/ shared by every experiment. A folder with step.json is a finished step; one without is not."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lmforge.codec import encode
+from lmforge.errors import RunError
+from lmforge.explain import Status, changes
+from lmforge.formats import store
+from lmforge.plan import Plan, Step
+
+
+class Workspace:
+    """One output folder."""
+
+    def __init__(self, output: str | Path) -> None:
+        self.output = Path(output)
+
+    def prepare(self) -> None:
+        """Make the folder and prove that it can be written; RunError in one line where it cannot."""
+        probe = store.steps(self.output) / f".probe-{os.getpid()}"
+        try:
+            probe.parent.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"x" * 4096)
+            probe.unlink()
+        except OSError as error:
+            raise RunError("output", f"cannot write to {self.output}: {error.strerror}", "type output=<a folder with room that you may write>") from error
+
+    def folder(self, step: Step) -> Path:
+        """The step's folder; a finished one of the same digest counts whatever name it was made under."""
+        mine = store.steps(self.output) / f"{step.name}-{step.digest}"
+        if not mine.exists() and store.steps(self.output).is_dir():
+            for other in store.steps(self.output).glob(f"*-{step.digest}"):
+                if (other / store.STEP_FILE).is_file():
+                    return other
+        return mine
+
+    def is_done(self, step: Step) -> bool:
+        """Has this very step finished?"""
+        return (self.folder(step) / store.STEP_FILE).is_file()
+
+    def record(self, step: Step) -> dict[str, Any]:
+        """What a finished step wrote of itself."""
+        return store.read_json(self.folder(step) / store.STEP_FILE)
+
+    def statuses(self, plan: Plan) -> dict[str, Status]:
+        """done, partial (a resumable state is there), stale (done for other keys) or new, for each step."""
+        return {step.name: self.status(step) for step in plan.steps}
+
+    def status(self, step: Step) -> Status:
+        """The status of one step, and why."""
+        if self.is_done(step):
+            return Status("done")
+        if (self.folder(step) / "state").is_dir():
+            return Status("partial", "goes on from its last state")
+        older = self.last_of(step)
+        return Status("stale", _why(older, step)) if older else Status("new")
+
+    def last_of(self, step: Step) -> dict[str, Any] | None:
+        """The latest finished step of the same name."""
+        if not store.steps(self.output).is_dir():
+            return None
+        files = [file for file in store.steps(self.output).glob(f"{step.name}-*/{store.STEP_FILE}") if file.parent.name.rpartition("-")[0] == step.name]
+        return store.read_json(max(files, key=lambda file: file.stat().st_mtime)) if files else None
+
+    @contextlib.contextmanager
+    def lock(self, step: Step) -> Iterator[None]:
+        """One process makes a step; others wait. The kernel lets go when the holder dies, however it dies."""
+        folder = store.steps(self.output) / ".locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / step.digest).open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    def finish(self, step: Step, metrics: Mapping[str, Any], seconds: float, versions: Mapping[str, str]) -> None:
+        """Write step.json, last and atomically: from here on the step is done."""
+        record = {
+            "name": step.name,
+            "digest": step.digest,
+            "step": encode(step),
+            "identity": encode(step.spec, identity=True),
+            "metrics": dict(metrics),
+            "predicted": encode(step.cost),
+            "measured": {"seconds": round(seconds, 3)},
+            "versions": dict(versions),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        write_json(self.folder(step) / store.STEP_FILE, record)
+
+    def open_run(self, plan: Plan) -> Path:
+        """A new folder under runs/, with the plan in it."""
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        for attempt in range(1000):
+            folder = store.runs(self.output) / f"{stamp}{f'-{attempt}' if attempt else ''}-{plan.experiment.name}"
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            write_json(folder / "plan.json", plan.to_json())
+            return folder
+        raise RunError("output", f"no free name for a run under {store.runs(self.output)}", "type output=<another folder>")
+
+    def close_run(self, folder: Path, plan: Plan, metrics: Mapping[str, Any]) -> None:
+        """The manifest: which steps the run is made of, and the figures of each."""
+        steps = [self.folder(step).name for step in plan.steps]
+        write_json(folder / store.RUN_FILE, {"experiment": plan.experiment.name, "steps": steps, "metrics": dict(metrics)})
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Atomic: a reader sees the old text or the new one."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as handle:
+        json.dump(value, handle, indent=1, ensure_ascii=False)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, file)
+
+
+def _why(older: Mapping[str, Any], step: Step) -> str:
+    keys = [f"{key} {left} -> {right}" for key, left, right in changes(older.get("identity", {}), encode(step.spec, identity=True))]
+    return ", ".join(keys[:3]) or "what it consumes changed"

@@ -1,0 +1,61 @@
+"""What one step of a plan is made of: a node that runs, the folder it works in, and how it speaks while it does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lmforge.registry import Node
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a step runs. `micro_batch_size` is in rows (a packed sequence, or a preference pair) per device."""
+
+    devices: int = 1
+    mesh: Mapping[str, int] = field(default_factory=dict)
+    micro_batch_size: int | None = None
+    accumulation: int | None = None
+
+
+class Report:
+    """How a running step speaks; this one is silent, the runner's draws bars and writes metrics.jsonl."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of one interval (loss, grad_norm, lr, tokens_per_s, ...), by optimizer step."""
+
+    def progress(self, done: int, total: int, text: str = "") -> None:
+        """How far the step is: `done` of `total` units, and a short text beside the bar."""
+
+    def sample(self, title: str, text: str) -> None:
+        """A piece of text a person should see, such as generated text."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a running step is given. Artifacts are folders; `out` is where this step's own one goes."""
+
+    step: str  # the step's name in the plan
+    folder: Path  # the step's folder: step.json, metrics.jsonl, state/ while it runs
+    out: Path  # folder / <what it produces>; exists and is empty, or holds what an interrupted run left
+    inputs: Mapping[str, Path]  # artifact kind -> folder
+    placement: Placement = field(default_factory=Placement)
+    report: Report = field(default_factory=Report)
+
+
+class StepNode(Node):
+    """A node that runs as a step. `code_revision` rises when its meaning changes, so that a fixed bug never says done."""
+
+    code_revision: ClassVar[int] = 1
+    consumes: ClassVar[tuple[str, ...]] = ()  # artifact kinds: corpus tokenizer tokens checkpoint reference metrics
+    produces: ClassVar[str] = ""
+
+    def content(self, cache: Path | None) -> str:
+        """What decides the result beyond the node's own keys: a fingerprint of local files, of a model's config."""
+        return ""
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """Do the work, fill `context.out`, return JSON-able metrics. Imports torch only in here."""
+        raise RuntimeError(f"{type(self).__name__} has no run()")

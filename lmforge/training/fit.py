@@ -1,0 +1,120 @@
+"""`fit`: a recipe, an objective and a model become trained weights."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.utils.data import DataLoader
+
+from lmforge.errors import RunError
+from lmforge.step import Context
+from lmforge.training import state
+from lmforge.training.lowering import lower
+from lmforge.training.module import TrainingModule
+from lmforge.training.objective import Objective
+from lmforge.training.order import StepData
+from lmforge.training.recipe import Recipe
+
+
+def fit(recipe: Recipe, objective: Objective, model: Any, context: Context, save: Callable[[Any], None]) -> dict[str, float]:
+    """Train `model` (a transformers model) in place, from the state in `context.folder / "state"` where there is one.
+
+    Calls `save(model)` once on rank 0 when all steps are done, and returns the last interval's metrics with `steps`, `tokens` and `train_s`.
+    Raises KeyboardInterrupt after Ctrl-C or SIGTERM, its state written; RunError where the loss is not finite or the state cannot be
+    written; CheckpointError where the state cannot be read. `state.clear(context.folder / "state")` is for the caller, when its step is done.
+    """
+    world = context.placement.devices
+    _refuse(recipe, world)
+    folder = context.folder / "state"
+    resumed = state.load(folder)
+    lower(model, recipe)
+    module = TrainingModule(recipe, objective, model, context.report, folder, resumed)
+    data = StepData(
+        objective,
+        objective.dataset("train"),
+        rows_per_step=recipe.rows_per_step,
+        micro_batch_size=context.placement.micro_batch_size or recipe.rows_per_step,
+        seed=recipe.seed,
+        rank=int(os.environ["RANK"]) if world > 1 else 0,
+        world=world,
+    )
+    steps = range(resumed["step"] if resumed else 0, recipe.steps)
+    loader = DataLoader(data, batch_size=None, sampler=steps, pin_memory=torch.cuda.is_available())
+    _run(_trainer(recipe, context, world), module, loader)
+    if module.done < recipe.steps:
+        raise KeyboardInterrupt
+    if module.trainer.is_global_zero:
+        save(model)
+    if dist.is_initialized():
+        dist.barrier()  # nobody reads what `save` writes before it is there
+    return {**module.last, "steps": recipe.steps, "tokens": module.tokens, "train_s": module.elapsed_s}
+
+
+def _refuse(recipe: Recipe, world: int) -> None:
+    if recipe.rows_per_step % world:
+        raise RunError("optimizer.global_batch_tokens", f"{recipe.rows_per_step} rows a step do not divide over {world} devices", "a multiple of both")
+    if world > 1 and int(os.environ.get("WORLD_SIZE", "1")) != world:
+        raise RunError("parallel", f"{world} devices need {world} processes", f"start with torchrun --nproc-per-node {world}")
+
+
+def _trainer(recipe: Recipe, context: Context, world: int) -> Trainer:
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    # barebones: no logger, bar, checkpoint, summary or validation of Lightning's
+    shared: dict[str, Any] = {"accelerator": accelerator, "barebones": True, "use_distributed_sampler": False, "max_epochs": 1}
+    if world == 1:
+        return Trainer(devices=1, plugins=[LightningEnvironment()], default_root_dir=context.folder, **shared)
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    strategy = DDPStrategy(
+        process_group_backend="gloo" if accelerator == "cpu" else "nccl",
+        ddp_comm_hook=None if recipe.reduce_dtype == recipe.param_dtype else _reduce_in,
+        ddp_comm_state=getattr(torch, recipe.reduce_dtype),
+        broadcast_buffers=False,  # a language model's buffers are constants
+        gradient_as_bucket_view=True,
+    )
+    return Trainer(devices=local, num_nodes=world // local, strategy=strategy, default_root_dir=context.folder, **shared)
+
+
+def _reduce_in(dtype: torch.dtype, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+    """DDP's communication hook: the mean over ranks, summed in `dtype`."""
+    buffer = bucket.buffer()
+    shared = buffer.to(dtype).div_(dist.get_world_size())
+    future = dist.all_reduce(shared, async_op=True).get_future()
+    result: torch.futures.Future[torch.Tensor] = future.then(lambda done: buffer.copy_(done.value()[0]))
+    return result
+
+
+def _run(trainer: Trainer, module: TrainingModule, loader: DataLoader[Any]) -> None:
+    """Fit without Lightning's chatter; its ways of ending a process on a signal become KeyboardInterrupt."""
+    with _quiet():
+        try:
+            trainer.fit(module, train_dataloaders=loader)
+        except (SystemExit, SIGTERMException):
+            raise KeyboardInterrupt from None
+        finally:
+            module.signals.restore()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\..*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

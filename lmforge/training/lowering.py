@@ -1,0 +1,46 @@
+"""How the same model is run cheaper: recomputed activations, compiled blocks. Neither changes what is computed."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from lmforge.training.recipe import Recipe
+
+# Dear to compute and small to keep; the rest (norms, activations, rotary) is recomputed. The choice of torchtitan.
+KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def lower(model: Any, recipe: Recipe) -> None:
+    """Turn on what the recipe asks for, in place, on a transformers model."""
+    model.to(getattr(torch, recipe.param_dtype))
+    if recipe.activation_checkpointing != "none":
+        options: dict[str, Any] = {"use_reentrant": False}
+        if recipe.activation_checkpointing == "selective":
+            options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    if recipe.compile:
+        for block in blocks(model):
+            block.compile()
+
+
+def _policy(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers: the outermost list of modules with the most parameters. Compiling each is quick, for they share their code."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in lists]
+    return list(lists[sizes.index(max(sizes))]) if lists else []

@@ -1,0 +1,57 @@
+"""Sums over one log interval, kept on the device: reading them is the only time the host waits for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lmforge.errors import RunError
+
+NEVER = 2**62
+
+
+class Meter:
+    """Means over an interval, weighted over micro-batches and ranks, and the first step that was not finite."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.sums: dict[str, Tensor] = {}
+        self.grad_norm = torch.zeros((), device=device)
+        self.first_bad = torch.full((), NEVER, dtype=torch.int64, device=device)
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add to a sum; fp64, so that the mean does not depend on how many micro-batches there were."""
+        if name not in self.sums:
+            self.sums[name] = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.sums[name] += value.detach()
+
+    def watch(self, step: int, *values: Tensor) -> None:
+        """Remember `step` if it is the first in which one of the scalars is not finite."""
+        finite = torch.stack([value.detach().float() for value in values]).isfinite().all()
+        self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp_max(step))
+
+    def refuse_bad(self) -> None:
+        """RunError naming the first step whose loss or gradient was not finite. Waits for the device."""
+        if (step := int(self.first_bad)) != NEVER:
+            raise RunError("optimizer.lr", f"the loss or its gradient was not finite in step {step}", "a lower learning rate, more warm-up, or fp32")
+
+    def read(self) -> dict[str, float]:
+        """Sums over all ranks since the last read, by name; the next interval begins. RunError as `refuse_bad`."""
+        names = sorted(self.sums)
+        values = torch.stack([self.sums[name] for name in names])
+        if dist.is_initialized():
+            dist.all_reduce(values)
+            dist.all_reduce(self.first_bad, op=dist.ReduceOp.MIN)
+        self.refuse_bad()
+        self.sums = {}
+        return dict(zip(names, values.tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": dict(self.sums), "grad_norm": self.grad_norm}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+        self.grad_norm = state["grad_norm"].to(self.device)

@@ -1,0 +1,195 @@
+"""The Lightning module: one `training_step` is one optimizer step on one whole global batch."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from lmforge.step import Report
+from lmforge.training import state
+from lmforge.training.meter import Meter
+from lmforge.training.objective import Objective
+from lmforge.training.order import GlobalBatch
+from lmforge.training.randomness import seed_step
+from lmforge.training.recipe import Recipe
+from lmforge.training.signals import StopSignals
+
+
+class TrainingModule(LightningModule):
+    """Gradients of sum(loss) / sum(weight) over all micro-batches and ranks; the host waits for the device at log intervals only.
+
+    `resumed` is what `state.load` gave, `folder` where the next state goes. `last` holds the metrics of the last interval.
+    """
+
+    def __init__(self, recipe: Recipe, objective: Objective, model: nn.Module, report: Report, folder: Path, resumed: dict[str, Any] | None) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.recipe, self.objective, self.model, self.report = recipe, objective, model, report
+        self.folder, self.resumed = folder, resumed
+        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.signals = StopSignals()
+        self.done, self.tokens, self.elapsed_s = 0, 0, 0.0
+        self.last: dict[str, float] = {}
+
+    # Lightning's hooks
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        named = ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
+        self.torch_optimizers = self.recipe.optimizer.build(named)
+        for optimizer in self.torch_optimizers:
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]
+        return self.torch_optimizers
+
+    def on_train_start(self) -> None:
+        self.model.train()  # from_pretrained leaves a model in evaluation mode
+        self.meter = Meter(self.device)
+        enabled = self.recipe.loss_scale is not None
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=self.recipe.loss_scale or 1.0, enabled=enabled)
+        if self.resumed is not None:
+            self._restore(self.resumed)
+            self.resumed = None
+        self.signals.install()  # after Lightning's own, which would end the process in the middle of things
+        self.saved_at = self.interval_start = time.monotonic()
+        self.started = self.interval_start - self.elapsed_s
+        self.interval_tokens = self.tokens
+
+    def training_step(self, batch: GlobalBatch, batch_index: int) -> None:
+        seed_step(self.recipe.seed, batch.step, self.global_rank)
+        factor = self.recipe.optimizer.schedule.factor(batch.step, self.recipe.steps)
+        for group in self._groups():
+            group["lr"] = group["initial_lr"] * factor
+        loss = self._backward(batch)
+        self._update(batch.step, loss)
+        self.done = batch.step + 1
+        self.tokens += batch.tokens * self.trainer.world_size
+        if self.done % self.recipe.log_every == 0 or self.done == self.recipe.steps:
+            self._log()
+
+    def on_train_batch_end(self, outputs: Any, batch: GlobalBatch, batch_index: int) -> None:
+        stop = self._stop_requested()
+        late = time.monotonic() - self.saved_at >= self.recipe.save_every_s
+        if (stop or late) and self.done < self.recipe.steps:
+            self.save_state()
+        if stop:
+            self.trainer.should_stop = True
+
+    # One step
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.torch_optimizers for group in optimizer.param_groups]
+
+    def _backward(self, batch: GlobalBatch) -> Tensor:
+        """Gradients of the global batch's mean loss; returns this rank's share of its sum [scalar]."""
+        weight = batch.weight.to(torch.float64)
+        if dist.is_initialized():
+            dist.all_reduce(weight)
+        # DDP averages over ranks, so the world size takes that mean back.
+        scale = (self.trainer.world_size / weight.clamp_min(1)).float()
+        total = torch.zeros((), device=self.device)
+        for index, micro_batch in enumerate(batch.micro_batches):
+            last = index == len(batch.micro_batches) - 1
+            with contextlib.nullcontext() if last else self._no_sync():
+                with self._autocast():
+                    parts = self.objective.loss(self.model, micro_batch)
+                self.manual_backward(self.scaler.scale(parts.sum * scale))
+            total += parts.sum.detach()
+            self.meter.add("weight", parts.weight)
+            for name, value in parts.metrics.items():
+                self.meter.add(name, value)
+        self.meter.add("loss", total)
+        return total
+
+    def _no_sync(self) -> Any:
+        wrapped: Any = self.trainer.model
+        return wrapped.no_sync() if self.trainer.world_size > 1 else contextlib.nullcontext()
+
+    def _autocast(self) -> Any:
+        compute = getattr(torch, self.recipe.compute_dtype)
+        enabled = self.recipe.compute_dtype != self.recipe.param_dtype
+        return torch.autocast(self.device.type, dtype=compute if enabled else None, enabled=enabled)
+
+    def _update(self, step: int, loss: Tensor) -> None:
+        """Clip, step and clear the gradients; with loss scaling a step whose gradients overflowed is skipped."""
+        for optimizer in self.torch_optimizers:
+            self.scaler.unscale_(optimizer)
+        gradients = [parameter.grad for parameter in self.trainable if parameter.grad is not None]
+        norm = get_total_norm(gradients)
+        self.meter.grad_norm = norm
+        self.meter.watch(step, loss, *(() if self.scaler.is_enabled() else (norm,)))
+        if self.recipe.optimizer.grad_clip is not None:
+            clip_grads_with_norm_(self.trainable, self.recipe.optimizer.grad_clip, norm)
+        for optimizer in self.torch_optimizers:
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+
+    def _stop_requested(self) -> bool:
+        if not dist.is_initialized():
+            return self.signals.requested
+        if self.done % self.recipe.log_every:
+            return False  # ranks agree where they wait for each other anyway
+        flag = torch.tensor(float(self.signals.requested), device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    # What is said and kept
+
+    def _log(self) -> None:
+        sums = self.meter.read()
+        now = time.monotonic()
+        weight = sums.pop("weight")
+        metrics = {name: value / max(weight, 1.0) for name, value in sums.items()}
+        metrics["grad_norm"] = float(self.meter.grad_norm)
+        metrics["lr"] = self._groups()[0]["lr"]
+        metrics["tokens_per_s"] = (self.tokens - self.interval_tokens) / max(now - self.interval_start, 1e-9)
+        metrics["tokens"] = self.tokens
+        if self.scaler.is_enabled():
+            metrics["loss_scale"] = self.scaler.get_scale()
+        self.interval_start, self.interval_tokens, self.elapsed_s = now, self.tokens, now - self.started
+        self.last = metrics
+        if self.trainer.is_global_zero:
+            self.report.log(self.done, {**metrics, "step": self.done})
+            self.report.progress(self.done, self.recipe.steps, f"loss {metrics['loss']:.2f} · {_short(metrics['tokens_per_s'])} tok/s")
+
+    def save_state(self) -> None:
+        """Write the state after the steps done so far (rank 0; the others hold the same). RunError where it is not finite or cannot be written."""
+        self.saved_at = time.monotonic()
+        self.meter.refuse_bad()
+        if not self.trainer.is_global_zero:
+            return
+        payload = {
+            "step": self.done,
+            "tokens": self.tokens,
+            "elapsed_s": time.monotonic() - self.started,
+            "weights": state.weights(self.model),
+            "optimizers": [optimizer.state_dict() for optimizer in self.torch_optimizers],
+            "scaler": self.scaler.state_dict(),
+            "meter": self.meter.state_dict(),
+        }
+        state.save(self.folder, self.done, payload)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        state.put_weights(self.model, saved["weights"], self.folder)
+        for optimizer, one in zip(self.torch_optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(one)
+        self.scaler.load_state_dict(saved["scaler"])
+        self.meter.load_state_dict(saved["meter"])
+        self.done, self.tokens, self.elapsed_s = saved["step"], saved["tokens"], saved["elapsed_s"]
+
+
+def _short(number: float) -> str:
+    """12,345 as 12.3k."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{letter}"
+    return f"{number:.0f}"

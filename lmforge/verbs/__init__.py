@@ -1,0 +1,1 @@
+"""What can be typed after `python -m lmforge`: one file a verb, its module docstring the help."""

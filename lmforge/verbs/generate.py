@@ -1,0 +1,41 @@
+"""generate CHECKPOINT "prompt" [--chat] [--max-new-tokens N] [--temperature T] [--top-p P] [--seed S]: text from a run, a step or a folder."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from lmforge.errors import ConfigError
+from lmforge.formats.store import HUB_ID, checkpoint_of
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ConfigError("generate", message, 'type: generate CHECKPOINT "prompt"')
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the text as it comes."""
+    parser = _Parser(prog="lmforge generate", description=__doc__)
+    parser.add_argument("checkpoint", help="a run, a step, a digest or a Hugging Face folder")
+    parser.add_argument("prompt")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn in the checkpoint's chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="outputs", help="where runs and steps are looked for")
+    args = parser.parse_args(list(argv))
+    folder = checkpoint_of(args.checkpoint, args.output)
+    if not Path(folder).is_dir() and HUB_ID.fullmatch(folder):
+        raise ConfigError(args.checkpoint, "a hub id is not generated from directly", "give a folder, or a run of model=hf model.pretrained=...")
+    from lmforge.inference.generate import generate
+
+    pieces = generate(
+        Path(folder), args.prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed, chat=args.chat
+    )
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+    return 0

@@ -1,0 +1,117 @@
+"""list, list GROUP, list GROUP=OPTION: every group, option and key: type, unit, value, meaning."""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lmforge.codec import keys
+from lmforge.compose.catalog import Catalog
+from lmforge.compose.layers import merge
+from lmforge.errors import ConfigError, did_you_mean
+from lmforge.registry import Node, types
+
+FILES = ("experiment", "sweep")  # groups of whole configs: no node behind them
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the table asked for."""
+    catalog = Catalog.of()
+    if not argv:
+        for group in sorted(catalog.options):
+            print(f"{group:<20} {'  '.join(sorted(catalog.options[group]))}")
+        print("\nlist GROUP tells what each option is, list GROUP=OPTION its keys")
+        return 0
+    for word in argv:
+        group, _, option = word.partition("=")
+        group = group.replace(".", "/")
+        if group not in catalog.options:
+            raise ConfigError(group, "unknown group", did_you_mean(group, catalog.options))
+        if option:
+            _option(catalog, group, option)
+        else:
+            _group(catalog, group)
+    return 0
+
+
+def _group(catalog: Catalog, group: str) -> None:
+    for option, file in sorted(catalog.options[group].items()):
+        print(f"{group}={option:<18} {about(catalog, group, option, file)}")
+
+
+def about(catalog: Catalog, group: str, option: str, file: Path) -> str:
+    """The first comment line of the YAML, else the first line of the class's docstring."""
+    comments = [line.lstrip("# ").strip() for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#") and "@package" not in line]
+    return comments[0] if comments else _class_line(group, tree(catalog, group, option))
+
+
+def _class_line(group: str, values: dict[str, Any]) -> str:
+    cls = types(group).get(str(values.get("type")))
+    return (cls.__doc__ or "").splitlines()[0] if cls else ""
+
+
+def tree(catalog: Catalog, group: str, option: str) -> dict[str, Any]:
+    """An option's values with those its defaults list brings."""
+    own = catalog.load(group, option)
+    values: dict[str, Any] = {}
+    for entry in own.pop("defaults", None) or []:
+        if isinstance(entry, str) and entry != "_self_":
+            values = merge(values, tree(catalog, group, entry))
+        elif isinstance(entry, dict):
+            for inner, chosen in entry.items():
+                if f"{group}/{inner}" in catalog.options and isinstance(chosen, str):
+                    values = merge(values, {inner: tree(catalog, f"{group}/{inner}", chosen)})
+    return merge(values, own)
+
+
+def _option(catalog: Catalog, group: str, option: str) -> None:
+    if option not in catalog.options[group]:
+        raise ConfigError(f"{group}={option}", "unknown option", did_you_mean(option, catalog.options[group]))
+    file = catalog.options[group][option]
+    if group in FILES:
+        print(file.read_text(encoding="utf-8"))
+        return
+    values = tree(catalog, group, option)
+    cls = types(group).get(str(values.get("type")))
+    print(f"{group}={option}: {about(catalog, group, option, file)}")
+    if cls is None:
+        return
+    print("  " + " ".join((cls.__doc__ or "").split()))
+    prefix = f"stage.{option}" if group == "stage" else group.replace("/", ".")
+    rows = list(describe(cls, values, prefix))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)] if rows else [0, 0, 0]
+    for key, value, kind, meaning in rows:
+        print(f"  {key:<{widths[0]}}  {value:<{widths[1]}}  {kind:<{widths[2]}}  {meaning}")
+
+
+def describe(cls: type, values: Any, prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    """Rows of (key, value, type and unit, meaning) for a node and the nodes in it."""
+    for name, (hint, key) in keys(cls).items():
+        value = values.get(name) if isinstance(values, dict) else None
+        inner = hint if isinstance(hint, type) and issubclass(hint, Node) else None
+        if inner is not None and inner.group:
+            chosen = types(inner.group).get(str(value.get("type"))) if isinstance(value, dict) and value.get("type") else None
+            if chosen is None:
+                changed = ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else ""
+                yield f"{prefix}.{name}", f"{{{changed}}}" if changed else "(the root's)", inner.group, key.meaning or f"the root's {inner.group}, changed by what is here"
+                continue
+            yield f"{prefix}.{name}", str(value["type"]), inner.group, key.meaning
+            yield from describe(chosen, value, f"{prefix}.{name}")
+        elif inner is not None:
+            yield f"{prefix}.{name}", "", "", key.meaning
+            yield from describe(inner, value, f"{prefix}.{name}")
+        else:
+            unit = f", {key.unit}" if key.unit else ""
+            bounds = "".join(f" {sign} {bound:g}" for sign, bound in ((">", key.gt), (">=", key.ge), ("<", key.lt), ("<=", key.le)) if bound is not None)
+            yield f"{prefix}.{name}", "null" if value is None else str(value), f"{type_name(hint)}{bounds}{unit}", key.meaning
+
+
+def type_name(hint: Any) -> str:
+    """A type as a person writes it: int | null, text, one of a, b."""
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    text = str(hint) if typing.get_origin(hint) else getattr(hint, "__name__", str(hint))
+    return re.sub(r"(\w+\.)+", "", text.replace("None", "null").replace("NoneType", "null")).replace("str", "text")

@@ -1,0 +1,51 @@
+"""plan: EXPLAIN. Prints the steps, what is done, and what each takes; nothing runs, and torch is not imported. --json for scripts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from omegaconf import DictConfig
+
+from lmforge.compiler import compile
+from lmforge.compose import experiment
+from lmforge.compose.app import of_job
+from lmforge.explain import render
+from lmforge.plan import Plan
+from lmforge.runtime.workspace import Workspace
+from lmforge.verbs._arguments import app_of, hydra_flags
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the plan as a tree, or as JSON."""
+    as_json = "--json" in argv
+    app, args = app_of([word for word in argv if word != "--json"])
+    if hydra_flags(app, args):
+        return 0
+    if args.multirun:
+        app.multirun(json_point if as_json else point)
+        return 0
+    show(compile(experiment(app.compose())), as_json)
+    return 0
+
+
+def show(plan: Plan, as_json: bool) -> None:
+    """The plan with what the store knows of each step."""
+    statuses = Workspace(plan.experiment.output).statuses(plan)
+    if not as_json:
+        print(render(plan, statuses))
+        return
+    plain = plan.to_json()
+    for step in plain["steps"]:
+        step["status"], step["why"] = statuses[step["name"]].state, statuses[step["name"]].why
+    print(json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def point(config: DictConfig) -> None:
+    """One point of a sweep, as text."""
+    show(compile(experiment(of_job(config))), as_json=False)
+
+
+def json_point(config: DictConfig) -> None:
+    """One point of a sweep, as a JSON object."""
+    show(compile(experiment(of_job(config))), as_json=True)

@@ -1,0 +1,240 @@
+"""`data=pystdlib` on the real standard library, run once, and on a small planted one."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import statistics
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmforge.data import manifest, stdlib
+from lmforge.data.mutate import KINDS
+from lmforge.data.nodes import MUTATIONS, Data, PyStdlib
+from lmforge.data.pairs import Rules
+from lmforge.errors import ConfigError, DataError
+from lmforge.formats import corpus
+from lmforge.step import Context
+
+ROOT = Path(sysconfig.get_paths()["stdlib"])
+Make = Callable[..., Data]
+RULES = Rules(
+    docstring_paragraphs=1,
+    min_body_chars=10,
+    max_body_chars=400,
+    max_pair_chars=600,
+    mutations=MUTATIONS,
+    mutation_fraction=0.5,
+    mutation_edits=1,
+    length_tolerance=0.2,
+)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory, data: Make) -> Path:
+    folder = tmp_path_factory.mktemp("library")
+    out = folder / "corpus"
+    data("pystdlib").run(Context(step="data", folder=folder, out=out, inputs={}))
+    return out
+
+
+def rows(folder: Path, view: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for split in corpus.SPLITS:
+        for row in corpus.read(folder, view, split):
+            yield split, row
+
+
+def test_the_account_adds_up_and_is_what_was_written(library: Path, data: Make) -> None:
+    account = corpus.account(library)
+    exclude = data("pystdlib").exclude  # type: ignore[attr-defined]
+    assert account.rows.entered == len(manifest.walk(ROOT, (".py",), exclude)) > 400
+    for view in corpus.VIEWS:
+        written = [split for split, _ in rows(library, view)]
+        tally = account.views[view]
+        assert (written.count("train"), written.count("heldout")) == (tally.train, tally.heldout)
+        assert tally.kept == len(written)
+        assert tally.heldout > 30
+    assert account.views["preference"].entered == account.views["chat"].kept > 2000
+
+
+def test_the_text_is_the_files_without_tests_and_without_duplicates(library: Path) -> None:
+    texts = {row["source"]: row["text"] for _, row in rows(library, "text")}
+    assert texts["json/decoder.py"] == (ROOT / "json" / "decoder.py").read_text(encoding="utf-8")
+    assert len(set(texts.values())) == len(texts)
+    assert not [name for name in texts if {"test", "tests", "site-packages", "idle_test", "_bundled"} & set(name.split("/"))]
+
+
+def test_held_out_files_are_the_same_in_every_view(library: Path) -> None:
+    side = {row["source"]: split for split, row in rows(library, "text")}
+    for view in ("chat", "preference"):
+        for split, row in rows(library, view):
+            assert side[row["source"].partition(":")[0]] == split
+
+
+def test_a_pair_is_the_function_that_stands_in_the_file(library: Path) -> None:
+    found = {row["source"]: row["messages"] for _, row in rows(library, "chat")}
+    user, assistant = found["shlex.py:quote"]
+    assert user == {"role": "user", "content": 'def quote(s):\n    """Return a shell-escaped version of the string *s*."""'}
+    assert assistant["role"] == "assistant"
+    assert assistant["content"].startswith("    if not s:\n        return \"''\"\n")
+
+
+def test_prompt_and_body_make_the_original_function(library: Path) -> None:
+    """Oracle: the function's own ast, docstring aside, found again in the file that `source` names."""
+    trees = {row["source"]: ast.parse(row["text"]) for _, row in rows(library, "text")}
+    bodies: dict[str, set[str]] = {}
+    for name, tree in trees.items():
+        functions = (one for one in ast.walk(tree) if isinstance(one, (ast.FunctionDef, ast.AsyncFunctionDef)))
+        bodies[name] = {_shape(one) for one in functions}
+    checked = 0
+    for _, row in rows(library, "chat"):
+        prompt, body = (message["content"] for message in row["messages"])
+        function = ast.parse(f"{prompt}\n{body}").body[0]
+        assert isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+        assert ast.get_docstring(function)
+        assert _shape(function) in bodies[row["source"].partition(":")[0]], row["source"]
+        assert 24 <= len(body) <= 400
+        assert len(prompt) + len(body) <= 600
+        checked += 1
+    assert checked > 2000
+
+
+def _shape(function: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    return function.name + ast.dump(function.args) + "".join(ast.dump(one) for one in function.body[1:])
+
+
+def test_rejected_bodies_parse_differ_and_match_in_length(library: Path) -> None:
+    kinds = {"mutation": 0, "other": 0}
+    held_bodies = {row["chosen"] for split, row in rows(library, "preference") if split == "heldout"}
+    for split, row in rows(library, "preference"):
+        chosen, rejected = row["chosen"], row["rejected"]
+        kinds[row["kind"]] += 1
+        assert ast.dump(ast.parse(f"async def _():\n{rejected}")) != ast.dump(ast.parse(f"async def _():\n{chosen}"))
+        assert abs(len(chosen) - len(rejected)) <= 0.1 * len(chosen)
+        if row["kind"] == "other" and split == "heldout":
+            assert rejected in held_bodies
+    assert min(kinds.values()) > 0.3 * sum(kinds.values())
+
+
+@pytest.mark.parametrize("kind", ["mutation", "other"])
+def test_length_does_not_tell_chosen_from_rejected(library: Path, kind: str) -> None:
+    found = [row for _, row in rows(library, "preference") if row["kind"] == kind]
+    difference = [len(row["rejected"]) - len(row["chosen"]) for row in found]
+    mean_length = statistics.mean(len(row["chosen"]) for row in found)
+    assert abs(statistics.mean(difference)) < 0.01 * mean_length
+    longer, shorter = sum(one > 0 for one in difference), sum(one < 0 for one in difference)
+    assert abs(longer - shorter) < 0.1 * len(found)
+
+
+def test_content_is_fast_once_cached(tmp_path: Path, data: Make) -> None:
+    node, cache = data("pystdlib"), tmp_path / "manifest.json"
+    first = node.content(cache)
+    took = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert node.content(cache) == first
+        took.append(time.perf_counter() - start)
+    assert min(took) < 0.2  # 0.03 s on an idle machine
+    assert node.content(None) == first
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heldout_fraction": 0}, "data.heldout_fraction: 0.0 must be > 0"),
+        ({"min_body_chars": 500}, "data.min_body_chars: 500 is above max_body_chars=400"),
+        ({"mutations": ["typo"]}, "data.mutations: 'typo' is not one of operator"),
+        ({"mutations": []}, "data.mutations: empty; name at least one kind"),
+        ({"length_tolerance": float("nan")}, "data.length_tolerance: nan is not a finite number"),
+    ],
+)
+def test_bad_keys(change: dict[str, Any], message: str, data: Make) -> None:
+    with pytest.raises(ConfigError) as caught:
+        data("pystdlib", **change)
+    assert message in str(caught.value)
+
+
+def test_nodes_and_code_name_the_same_mutations(data: Make) -> None:
+    assert MUTATIONS == KINDS
+    assert isinstance(data("pystdlib"), PyStdlib)
+
+
+SOURCE = '''class A:
+  def {name}(self, a, b):
+    """Add {name}.
+
+    More words.
+    """
+
+    # why
+    text = """one
+two"""
+    return a + b - len(text)
+'''
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A library of 20 good files, a copy, and three bad ones."""
+    folder = tmp_path / "lib"
+    (folder / "pkg" / "tests").mkdir(parents=True)
+    for index in range(20):
+        (folder / "pkg" / f"m{index}.py").write_text(SOURCE.format(name=f"f{index}"))
+    shutil.copy(folder / "pkg" / "m1.py", folder / "again.py")
+    (folder / "latin.py").write_bytes(b"# one\n# caf\xe9\n")
+    (folder / "broken.py").write_text("x = 1\ndef f(:\n")
+    (folder / "nothing.py").write_text("\n")
+    (folder / "pkg" / "tests" / "t.py").write_text("x = 1\n")
+    return folder
+
+
+def write(folder: Path, out: Path) -> corpus.Account:
+    return stdlib.write(folder, manifest.walk(folder, (".py",), ["tests"]), 0.2, RULES, out, lambda done, total, text: None)
+
+
+def test_bad_files_are_counted_and_quarantined_by_line(small: Path, tmp_path: Path) -> None:
+    account = write(small, tmp_path / "out")
+    assert account.rows.plain() == {"in": 24, "kept": 20, "dropped": {"duplicate": 1, "empty": 1, "not_utf8": 1, "unparsable": 1}}
+    bad = {(row["file"], row["line"]) for row in corpus.quarantined(tmp_path / "out")}
+    assert bad == {("latin.py", 2), ("broken.py", 2)}
+
+
+def test_a_method_comes_out_at_column_0_and_its_strings_stay(small: Path, tmp_path: Path) -> None:
+    write(small, tmp_path / "out")
+    row = next(row for _, row in rows(tmp_path / "out", "chat") if row["source"].endswith("A.f7"))
+    assert [message["content"] for message in row["messages"]] == [
+        'def f7(self, a, b):\n    """Add f7."""',
+        '    # why\n    text = """one\ntwo"""\n    return a + b - len(text)',
+    ]
+
+
+def test_two_runs_are_byte_for_byte_the_same_and_place_does_not_count(small: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere" / "library"
+    write(small, tmp_path / "a")
+    shutil.copytree(small, moved)
+    write(moved, tmp_path / "b")
+    names = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert len(names) == 8
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_library_without_pairs_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "lib"
+    folder.mkdir()
+    for index in range(3):
+        (folder / f"{index}.py").write_text(f"x = {index}\n")
+    with pytest.raises(DataError, match="no train rows for the chat view"):
+        write(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_are_plain_json_lines(library: Path) -> None:
+    lines = (library / "preference" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    assert set(json.loads(lines[0])) == {"prompt", "chosen", "rejected", "source", "kind"}

@@ -1,0 +1,144 @@
+"""Tiny models, tokens and runs for the tests here; as a script it is what their subprocesses run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from lmforge.formats.tokens import Meta, SplitWriter, write_meta
+from lmforge.optimizer.nodes import AdamW, Optimizer
+from lmforge.optimizer.schedule import Cosine
+from lmforge.step import Context, Placement, Report
+from lmforge.training.recipe import Recipe
+
+VOCABULARY, EOS = 61, 0
+
+
+def write_tokens(folder: Path, view: str, examples: int = 60, seq_len: int = 16, seed: int = 0) -> Path:
+    """Random examples of uneven lengths; in chat and preference views a prompt of uneven length is unsupervised."""
+    generator = np.random.default_rng(seed)
+    meta = Meta(
+        view=view, seq_len=seq_len, vocab_size=VOCABULARY, read={}, rows={}, tokens={}, supervised={}, bytes={}, truncated=0, dropped={},
+        eos_token_id=EOS, stop_token_ids=[EOS],
+    )  # fmt: skip
+    for split in ("train", "heldout"):
+        lengths = generator.integers(4, seq_len, size=examples)
+        ids = [[*generator.integers(1, VOCABULARY, size=length).tolist(), EOS] for length in lengths]
+        prompts = [0 if view == "text" else int(generator.integers(1, length)) for length in lengths]
+        with SplitWriter(folder, split, VOCABULARY) as writer:
+            writer.extend(ids, [[0] * prompt + [1] * (len(one) - prompt) for one, prompt in zip(ids, prompts, strict=True)])
+        meta["tokens"][split], meta["supervised"][split] = writer.tokens, writer.supervised
+    write_meta(folder, meta)
+    return folder
+
+
+def tiny_model(dropout: float = 0.0) -> Any:
+    """A GPT-2 (all its dropouts at `dropout`) of 11k parameters, the same each time."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY, n_positions=32, n_embd=24, n_layer=1, n_head=2, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
+            eos_token_id=EOS, bos_token_id=EOS,
+        )
+    )  # fmt: skip
+
+
+def tiny_llama(layers: int = 2) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
+            max_position_embeddings=64, eos_token_id=EOS, bos_token_id=EOS, pad_token_id=None,
+        )
+    )  # fmt: skip
+
+
+def adamw(**changes: Any) -> Optimizer:
+    values = {"lr": 1e-2, "weight_decay": 0.1, "grad_clip": 1.0, "global_batch_tokens": 128, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
+    return AdamW(**{**values, "schedule": Cosine(warmup=0.2, final=0.1), **changes})
+
+
+def recipe(**changes: Any) -> Recipe:
+    values: dict[str, Any] = {
+        "steps": 6, "rows_per_step": 8, "seq_len": 16, "seed": 3, "optimizer": adamw(), "param_dtype": "float32", "compute_dtype": "float32",
+        "reduce_dtype": "float32", "loss_scale": None, "activation_checkpointing": "none", "compile": False, "log_every": 2, "save_every_s": 1e9,
+    }  # fmt: skip
+    return Recipe(**{**values, **changes})
+
+
+class Lines(Report):
+    """Keeps what is said, and may do something when step `at` is logged."""
+
+    def __init__(self, at: int = -1, act: Any = None) -> None:
+        self.logged: list[dict[str, float]] = []
+        self.bars: list[tuple[int, int, str]] = []
+        self.at, self.act = at, act
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.logged.append(dict(metrics))
+        if step == self.at:
+            self.act()
+
+    def progress(self, done: int, total: int, text: str = "") -> None:
+        self.bars.append((done, total, text))
+
+
+def context(folder: Path, report: Report | None = None, micro_batch_size: int | None = None, devices: int = 1) -> Context:
+    placement = Placement(devices=devices, micro_batch_size=micro_batch_size)
+    return Context(step="pretrain", folder=folder, out=folder / "checkpoint", inputs={}, placement=placement, report=report or Report())
+
+
+def train(folder: Path, tokens: Path, *, dropout: float = 0.0, report: Report | None = None, micro: int | None = None, devices: int = 1, **changes: Any) -> Any:
+    """Fit a tiny model on `tokens`; returns (metrics, final weights)."""
+    from lmforge.training.fit import fit
+    from lmforge.training.objectives.causal_lm import CausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def save(model: Any) -> None:
+        save_file({name: value.contiguous() for name, value in model.named_parameters()}, folder / "final.safetensors")
+
+    metrics = fit(recipe(**changes), CausalLM(tokens, 16), tiny_model(dropout), context(folder, report, micro, devices), save)
+    return metrics, load_file(folder / "final.safetensors")
+
+
+def killed(folder: Path, tokens: Path, dropout: float) -> None:
+    """Run until step 4's metrics are logged, a state saved after every step before, and die there by SIGKILL."""
+    train(folder, tokens, dropout=dropout, report=Lines(4, lambda: os.kill(os.getpid(), signal.SIGKILL)), save_every_s=0.0, log_every=1)
+
+
+def main(job: str, folder: Path, tokens: Path) -> None:
+    if job == "killed":  # one import for both: the children are forked before any thread is started
+        for dropout in (0.0, 0.2):
+            if (child := os.fork()) == 0:
+                killed(folder / f"dropout-{dropout}", tokens, dropout)
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            assert os.WTERMSIG(status) == signal.SIGKILL
+    if job == "ddp":
+        results = {}
+        for name, changes in {"fp32": {}, "bf16": {"reduce_dtype": "bfloat16"}}.items():
+            report = Lines()
+            metrics, _ = train(folder / name, tokens, devices=2, micro=2, report=report, **changes)
+            results[name] = {"metrics": metrics, "logged": report.logged}
+        if os.environ["RANK"] == "0":
+            (folder / "results.json").write_text(json.dumps(results))
+        else:
+            assert not any(one["logged"] for one in results.values())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
