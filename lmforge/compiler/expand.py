@@ -15,7 +15,8 @@ from typing import Any
 from lmforge.data.nodes import Data
 from lmforge.errors import PlanError, Problem
 from lmforge.experiment import Experiment, NamedStage
-from lmforge.model.fetch import FetchTokenizer, FetchWeights
+from lmforge.model.fetch import FetchWeights
+from lmforge.model.fetch_tokenizer import FetchTokenizer
 from lmforge.model.weights import max_positions, vocab_size
 from lmforge.plan import Artifact, Plan, Step
 from lmforge.registry import types
@@ -132,7 +133,7 @@ class _Expansion:
             source = self.experiment.model.pretrained
             if source is None:
                 raise PlanError("model.tokenizer", "'own' takes the tokenizer of the weights, and the model names none", "type model.tokenizer=bpe to train one")
-            self.scope["tokenizer"] = self.add("tokenizer", FetchTokenizer.of(source, self.experiment.model.revision, self.cache), ())
+            self.scope["tokenizer"] = self.add("tokenizer", FetchTokenizer(source=source, revision=self.experiment.model.revision), ())
         return self.scope["tokenizer"]
 
     def tokens(self, view: str, data: Data, seq_len: int) -> Artifact:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from lmforge.errors import PlanError, Problem
@@ -22,7 +23,7 @@ def validate(plan: Plan) -> Plan:
 def order(plan: Plan) -> Iterator[Problem]:
     """A stage may not throw away what an earlier one learned."""
     stages = plan.experiment.stages
-    for before, after in zip(stages, stages[1:], strict=False):
+    for before, after in itertools.pairwise(stages):
         if after.stage.follows and before.stage.type not in after.stage.follows:
             names = sorted((one.name for one in stages), key=lambda name: next(bool(s.stage.consumes[0] == "checkpoint") for s in stages if s.name == name))
             yield Problem("stage", f"{after.name} cannot come after {before.name}", f"type 'stage=[{','.join(names)}]'")

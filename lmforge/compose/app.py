@@ -16,6 +16,7 @@ from typing import Any
 
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -114,7 +115,7 @@ class App:
         first, *others = self.catalog.folders
         path = create_config_search_path(f"file://{first}")
         for folder in others:
-            path.append("lmforge", f"file://{folder}")
+            path.prepend("lmforge", f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
         GlobalHydra.instance().clear()
         with readable_errors():
             yield GuardedHydra.create_main_hydra2("lmforge", path)  # type: ignore[misc]

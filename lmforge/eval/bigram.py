@@ -52,7 +52,10 @@ class Counts:
 
 
 def fit_weights(counts: Counts, context: Ids, word: Ids) -> Floats:
-    """The weight of the bigram in each bucket by EM on events that were not counted; 0 where the context is unseen."""
+    """The weight of the bigram in each bucket by EM on events that were not counted; 0 where the context is unseen.
+
+    Each bucket holds one more event, half for each part, so that no weight is ever 1: an unseen bigram would then be impossible.
+    """
     weights = np.full(BUCKETS + 1, 0.5)
     weights[0] = 0.0
     bigram, unigram, bucket = counts.probabilities(context, word)
@@ -61,7 +64,8 @@ def fit_weights(counts: Counts, context: Ids, word: Ids) -> Floats:
         weight = weights[bucket]
         share = weight * bigram / (weight * bigram + (1 - weight) * unigram)
         summed = np.bincount(bucket, weights=share, minlength=BUCKETS + 1)
-        weights = np.where(events > 0, summed / np.maximum(events, 1), weights)
+        weights = (summed + 0.5) / (events + 1)
+        weights[0] = 0.0
     return weights
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -24,6 +25,10 @@ class Eval(StepNode):
     def measures(self, last: bool) -> bool:
         """Whether a checkpoint of the pipeline is measured; `last` = no later stage follows it."""
         return last
+
+    def later(self) -> Eval:
+        """The node for every checkpoint after the first: baselines that would come out the same are not measured again."""
+        return self
 
 
 @register("eval", "none")
@@ -59,6 +64,9 @@ class Perplexity(Eval):
 
     def measures(self, last: bool) -> bool:
         return last or self.after == "all"
+
+    def later(self) -> Perplexity:
+        return dataclasses.replace(self, bigram=False, untrained=False)
 
     def run(self, context: Context) -> dict[str, Any]:
         from lmforge.eval.measure import measure

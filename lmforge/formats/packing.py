@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -125,12 +125,6 @@ def _labels(tokens: Tokens, start: int, end: int) -> NDArray[np.int64]:
     following = tokens.ids[start + 1 : stop].astype(np.int64)
     labels[: len(following)] = np.where(tokens.mask[start + 1 : stop] == 1, following, IGNORE)
     return labels
-
-
-def count_labels(rows: Sequence[Row], tokens: Tokens) -> Iterator[int]:
-    """The number of supervised labels of each row: what token-weighted accumulation divides by."""
-    for row in rows:
-        yield sum(int((_labels(tokens, start, end) != IGNORE).sum()) for start, end in row)
 
 
 def pairs(offsets: NDArray[np.int64]) -> int:

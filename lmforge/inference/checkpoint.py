@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +66,8 @@ def open_model(folder: Path, device: torch.device | str | None = None) -> PreTra
     if (config.get("quantization_config") or {}).get("quant_method") == "compressed-tensors":
         extra["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     try:
-        with quiet_transformers():
+        with quiet_transformers(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # on purpose: it is how to ask for dense weights
             model, info = loader.from_pretrained(
                 folder, dtype="auto", use_safetensors=True, trust_remote_code=False, local_files_only=True, output_loading_info=True, **extra
             )

@@ -1,13 +1,11 @@
-"""The step that makes named weights an artifact of the pipeline, and the digest that says what those weights are."""
+"""The step that makes named weights an artifact of the pipeline, and the digest that says what they are."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +16,18 @@ from lmforge.registry import Key, register
 from lmforge.step import Context, StepNode
 
 # Everything a Hugging Face model folder needs, and nothing that runs: no pickles, no Python.
-PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "merges*")
+TOKENIZER_PATTERNS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "tokenizer.model",
+    "*.jinja",
+    "*.txt",
+    "merges*",
+)
+PATTERNS = ("*.safetensors", "*.json", *TOKENIZER_PATTERNS)
 
 
 @register("step", "weights")
@@ -27,29 +36,29 @@ class FetchWeights(StepNode):
 
     produces = "checkpoint"
 
-    # Content is what they are; where they lie is not.
+    # What they are is identity; where they lie is not.
     source: Annotated[str, Key("a local folder or a hub id", identity=False)]
     revision: Annotated[str | None, Key("hub commit; null = the hub's newest", identity=False)]
-    content: Annotated[str, Key("what the weights are: the folder's digest, or hub id @ commit")]
+    fingerprint: Annotated[str, Key("what the weights are: the folder's digest, or hub id @ commit")]
 
     @classmethod
-    def of(cls, source: str, revision: str | None, cache: Path) -> FetchWeights:
+    def of(cls, source: str, revision: str | None, cache: Path | None) -> FetchWeights:
         """The step for a source: a folder is hashed (`cache` remembers it), a hub id is pinned where its commit is known."""
         folder = local_folder(source)
         if folder:
-            _weight_files(folder)
-            return cls(source=str(folder.resolve()), revision=None, content=folder_digest(folder, cache))
+            weight_files(folder)
+            return cls(source=str(folder.resolve()), revision=None, fingerprint=folder_digest(folder, cache))
         commit = pinned(source, revision)
-        return cls(source=source, revision=commit, content=f"{source}@{commit or 'main'}")
+        return cls(source=source, revision=commit, fingerprint=f"{source}@{commit or 'main'}")
 
     def run(self, context: Context) -> dict[str, Any]:
         """Links (or, where links fail, copies) every file of the model into `context.out`."""
         local = local_folder(self.source)
         folder = local or _download(self.source, self.revision)
-        weights = _weight_files(folder)
-        if local and folder_digest(folder, context.folder / "digests.json") != self.content:
-            raise CheckpointError(self.source, "its files changed after the plan was made", "plan and run again")
-        files = list(_model_files(folder))
+        weights = weight_files(folder)
+        if local and folder_digest(local, None) != self.fingerprint:
+            raise CheckpointError(self.source, "its files changed after the plan was made", "run again")
+        files = list(_files(folder))
         context.out.mkdir(parents=True, exist_ok=True)
         for done, path in enumerate(files, 1):
             _link(path.resolve(), context.out / path.name)
@@ -57,26 +66,28 @@ class FetchWeights(StepNode):
         return {"files": len(files), "weight_bytes": sum(path.stat().st_size for path in weights)}
 
 
-def folder_digest(folder: Path, cache: Path) -> str:
-    """SHA-256 over the names and contents of a model folder's files; `cache` (JSON) spares unchanged ones by size and mtime."""
+def folder_digest(folder: Path, cache: Path | None) -> str:
+    """SHA-256 over the names and contents of a model folder's files; `cache` spares those whose path, size and mtime it knows."""
     remembered = _read_cache(cache)
+    before = len(remembered)
     lines = []
-    for path in _model_files(folder):
+    for path in _files(folder):
         real, status = path.resolve(), path.stat()
         key = f"{real}:{status.st_size}:{status.st_mtime_ns}"
         if key not in remembered:
             with real.open("rb") as file:
                 remembered[key] = hashlib.file_digest(file, "sha256").hexdigest()
         lines.append(f"{path.name} {remembered[key]}\n")
-    _write_cache(cache, remembered)
+    if cache is not None and len(remembered) > before:
+        _write_cache(cache, remembered)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _model_files(folder: Path) -> Iterator[Path]:
+def _files(folder: Path) -> Iterator[Path]:
     yield from sorted({path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()})
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a complete model folder; CheckpointError where something is missing."""
     if not folder.is_dir():
         raise CheckpointError(str(folder), "there is no such folder", "name a folder with config.json and *.safetensors, or a hub id")
@@ -104,7 +115,7 @@ def _download(source: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=list(PATTERNS)))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        what = f"the weights are not in the local cache and the hub did not answer ({type(error).__name__})"
+        what = f"not in the local cache and the hub did not answer ({type(error).__name__})"
         raise CheckpointError(source, what, "give a local folder, or run once with a network") from error
 
 
@@ -118,17 +129,19 @@ def _link(target: Path, link: Path) -> None:
         os.replace(partial, link)
 
 
-def _read_cache(cache: Path) -> dict[str, str]:
-    # A cache that cannot be read costs one more hashing, and is then written anew.
-    with contextlib.suppress(OSError, ValueError):
+def _read_cache(cache: Path | None) -> dict[str, str]:
+    """What was hashed before; a cache that cannot be read costs one more hashing, and is then written anew."""
+    if cache is None or not cache.is_file():
+        return {}
+    try:
         found = json.loads(cache.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return {str(key): str(value) for key, value in found.items()}
-    return {}
+    except (OSError, ValueError):
+        return {}
+    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
 
 def _write_cache(cache: Path, remembered: dict[str, str]) -> None:
     cache.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=cache.parent, prefix=f".{cache.name}", delete=False, encoding="utf-8") as file:
-        json.dump(remembered, file)
-    os.replace(file.name, cache)
+    partial = cache.with_name(f".{cache.name}.{os.getpid()}")
+    partial.write_text(json.dumps(remembered), encoding="utf-8")
+    os.replace(partial, cache)

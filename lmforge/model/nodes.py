@@ -8,12 +8,13 @@ from typing import Annotated, Any
 from lmforge.errors import Problem
 from lmforge.model import dial
 from lmforge.model.fetch import FetchWeights
+from lmforge.model.fetch_tokenizer import FetchTokenizer
 from lmforge.model.source import local_folder, read_config
 from lmforge.model.weights import nearest_divisors
 from lmforge.registry import Key, Node, node, register
 from lmforge.tokenizer.nodes import Tokenizer
 
-__all__ = ["Dial", "FetchWeights", "Gpt2", "HuggingFace", "Llama", "Model", "Olmo2"]
+__all__ = ["Dial", "FetchTokenizer", "FetchWeights", "Gpt2", "HuggingFace", "Llama", "Model", "Olmo2"]
 
 
 @node

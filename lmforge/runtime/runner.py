@@ -70,7 +70,7 @@ def _ensure(job: Job, plan: Plan, workspace: Workspace, console: Console) -> lis
         try:
             return _run(job, plan, workspace, console)
         except OSError as error:
-            if error.errno is None or error.filename is None and error.errno not in (28, 30, 122):
+            if error.errno is None or (error.filename is None and error.errno not in (28, 30, 122)):
                 raise
             raise RunError(step.name, f"{error.strerror}: {error.filename or workspace.output}", "make room or mend the folder and type the same again") from error
 

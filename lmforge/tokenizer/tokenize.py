@@ -176,7 +176,7 @@ def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     chars = 0
     for row in rows:
         batch.append(row)
-        chars += len(row["text"]) if "text" in row else 1024  # a guess is enough for conversations, which are short
+        chars += len(str(row))
         if len(batch) == BATCH_ROWS or chars >= BATCH_CHARS:
             yield batch
             batch, chars = [], 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ FINISH_TIMEOUT_S = 60  # of an upload at the end; what is left stays on disk for
 
 def start(node: Wandb, run: RunInfo, say: Say) -> Tracker:
     """Open a run in the mode that is possible, falling back to offline with one line; never stops the caller for a service."""
+    # Its crash reports go to another server; without a network each would hold the process for 20 s at its end.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
         import wandb
     except ImportError as error:
@@ -35,8 +38,10 @@ def start(node: Wandb, run: RunInfo, say: Say) -> Tracker:
     folder = Path(node.dir).expanduser() if node.dir else run.folder
     if why:
         say(f"track: W&B writes offline, {why}; later: wandb sync {folder}/wandb/offline-run-*")
-    attempts: dict[Mode, str] = {mode: run.id} | ({"offline": f"{run.id}-offline"} if mode == "online" else {})  # its service keeps a failed id
-    for attempt, id_ in attempts.items():
+    attempts = [(mode, run.id)]
+    if mode == "online":
+        attempts.append(("offline", f"{run.id}-offline"))  # its service keeps the id of a failed start
+    for attempt, id_ in attempts:
         try:
             return Guard(WandbRun(node, run, folder, attempt, id_), "W&B", say)
         except Exception as error:  # noqa: BLE001 - whatever a service throws, the run goes on

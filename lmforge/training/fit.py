@@ -51,7 +51,8 @@ def fit(recipe: Recipe, objective: Objective, model: Any, context: Context, save
     )
     steps = range(resumed["step"] if resumed else 0, recipe.steps)
     loader = DataLoader(data, batch_size=None, sampler=steps, pin_memory=torch.cuda.is_available())
-    _run(_trainer(recipe, context, world), module, loader)
+    with _quiet():
+        _run(_trainer(recipe, context, world), module, loader)
     if module.done < recipe.steps:
         raise KeyboardInterrupt
     if module.trainer.is_global_zero:
@@ -95,18 +96,18 @@ def _reduce_in(dtype: torch.dtype, bucket: Any) -> torch.futures.Future[torch.Te
 
 
 def _run(trainer: Trainer, module: TrainingModule, loader: DataLoader[Any]) -> None:
-    """Fit without Lightning's chatter; its ways of ending a process on a signal become KeyboardInterrupt."""
-    with _quiet():
-        try:
-            trainer.fit(module, train_dataloaders=loader)
-        except (SystemExit, SIGTERMException):
-            raise KeyboardInterrupt from None
-        finally:
-            module.signals.restore()
+    """Fit; Lightning's ways of ending a process on a signal become KeyboardInterrupt."""
+    try:
+        trainer.fit(module, train_dataloaders=loader)
+    except (SystemExit, SIGTERMException):
+        raise KeyboardInterrupt from None
+    finally:
+        module.signals.restore()
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
+    """Without Lightning's notes on devices, modes and tips: a report is the one voice of a step."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -9,6 +9,7 @@ a full disk, leaves the last good state. Randomness and data order are functions
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -28,15 +29,20 @@ READ_BYTES = 2**22
 
 
 class _Hashing:
-    """A file to write to that hashes what passes."""
+    """A file to write to that hashes what passes, and keeps the first error: torch's zip writer hides it behind one of its own."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sha256, self.bytes = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.sha256.update(data)
         self.bytes += len(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -49,21 +55,28 @@ def save(folder: Path, step: int, payload: dict[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _sweep(folder, keep=_named(folder))
-        with temporary.open("wb") as file:
-            hashing = _Hashing(file)
-            torch.save(payload, cast(BinaryIO, hashing))
-            file.flush()
-            os.fsync(file.fileno())
+        index = {"file": name, "step": step, **_write_tensors(temporary, payload)}
         os.replace(temporary, folder / name)
-        index = {"file": name, "bytes": hashing.bytes, "sha256": hashing.sha256.hexdigest(), "step": step}
         _write_index(folder, index)
         _sweep(folder, keep=name)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns some write errors into RuntimeError
-        if not isinstance(error, OSError) and "writ" not in str(error):
-            raise
-        temporary.unlink(missing_ok=True) if folder.is_dir() else None
-        what = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise RunError(str(folder), f"cannot write the training state: {what}", "the last good state is kept; make room there, then run again") from error
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        what = f"cannot write the training state: {error.strerror or error}"
+        raise RunError(str(folder), what, "the last good state is kept; make room there, then run again") from error
+
+
+def _write_tensors(path: Path, payload: dict[str, Any]) -> dict[str, Any]:
+    """Write and flush to the disk; returns the size and SHA-256 of what was written."""
+    with path.open("wb") as file:
+        hashing = _Hashing(file)
+        try:
+            torch.save(payload, cast(BinaryIO, hashing))
+        except RuntimeError as error:
+            raise hashing.error or error from error
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": hashing.bytes, "sha256": hashing.sha256.hexdigest()}
 
 
 def _write_index(folder: Path, index: dict[str, Any]) -> None:

@@ -132,7 +132,7 @@ def main(job: str, folder: Path, tokens: Path) -> None:
         results = {}
         for name, changes in {"fp32": {}, "bf16": {"reduce_dtype": "bfloat16"}}.items():
             report = Lines()
-            metrics, _ = train(folder / name, tokens, devices=2, micro=2, report=report, **changes)
+            metrics, _ = train(folder / name, tokens, devices=2, micro=2, report=report, optimizer=adamw(eps=1e-5), **changes)
             results[name] = {"metrics": metrics, "logged": report.logged}
         if os.environ["RANK"] == "0":
             (folder / "results.json").write_text(json.dumps(results))

@@ -41,7 +41,7 @@ class Sizes:
     more: Mapping[str, Any]
 
 
-Weights = Callable[[Sizes], Iterator[Weight]]
+Layout = Callable[[Sizes], Iterator[Weight]]
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,16 @@ class Family:
     model_type: str
     defaults: Mapping[str, Any]
     aliases: Mapping[str, str]  # a key of config.json -> the common name it stands for
-    weights: Weights
+    weights: Layout
 
 
 _FAMILIES: dict[str, Family] = {}
 
 
-def family(model_type: str, defaults: Mapping[str, Any], aliases: Mapping[str, str] | None = None) -> Callable[[Weights], Weights]:
+def family(model_type: str, defaults: Mapping[str, Any], aliases: Mapping[str, str] | None = None) -> Callable[[Layout], Layout]:
     """Register a generator of weights as the family of `model_type`."""
 
-    def decorate(weights: Weights) -> Weights:
+    def decorate(weights: Layout) -> Layout:
         _FAMILIES[model_type] = Family(model_type, defaults, aliases or {}, weights)
         return weights
 

@@ -1,0 +1,192 @@
+"""Models in memory and on disk: fresh from a config, loaded from safetensors, saved as a folder that any HF tool opens."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lmforge.errors import CheckpointError, ConfigError
+from lmforge.model.fetch import TOKENIZER_PATTERNS, weight_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+ATTENTION = "sdpa"
+ANSWER = "an answer"  # stands for an assistant's turn when a chat template is asked how it ends one
+
+
+def from_scratch(config: Mapping[str, Any], seed: int) -> PreTrainedModel:
+    """A model with fresh float32 weights on the CPU, in training mode; the same for the same seed, whatever ran before it.
+
+    Only the CPU generator is seeded, and it is put back, so nothing after this call depends on it.
+    """
+    before = torch.get_rng_state()
+    try:
+        torch.default_generator.manual_seed(seed)
+        with torch.device("cpu"):
+            return _construct(config)
+    finally:
+        torch.set_rng_state(before)
+
+
+def on_meta(config: Mapping[str, Any]) -> PreTrainedModel:
+    """The same model without memory: names and shapes only."""
+    with torch.device("meta"):
+        return _construct(config)
+
+
+def from_folder(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A saved model in `dtype`, in training mode: `from_pretrained` leaves dropout off, and Lightning would not turn it on.
+
+    Raises CheckpointError for a missing, truncated or unreadable file, and for weights that are not exactly the model's.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(path)
+    for file in weight_files(folder):
+        _readable(file)
+    try:
+        with _quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=ATTENTION,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        what = f"cannot be loaded: {_first_line(error)}"
+        raise CheckpointError(str(folder), what, "its config.json and weights must be of one model that transformers knows") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if names := sorted(map(str, report.get(kind) or ())):
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise CheckpointError(str(folder), f"{kind.replace('_', ' ')}: {shown}", "the weights are not those of its config.json")
+    model.train()
+    return model  # type: ignore[no-any-return]
+
+
+def save(model: PreTrainedModel, tokenizer_folder: str | Path, out: str | Path) -> None:
+    """Write `out` as a Hugging Face folder, with the tokenizer's files, its chat template and its special ids.
+
+    Atomic: it is written beside `out` and then renamed, so `out` is the old folder, the new one, or (for an instant) absent,
+    never a part. Raises CheckpointError where the tokenizer has more entries than the model.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)
+    rows: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    if len(tokenizer) > rows:
+        raise CheckpointError(str(tokenizer_folder), f"a tokenizer of {len(tokenizer)} entries does not fit a model of {rows}", "use the model's own tokenizer")
+    _set_ids(model, tokenizer)
+    out = Path(out)
+    partial, old = (out.with_name(f".{out.name}.{what}") for what in ("partial", "old"))
+    for left in (partial, old):
+        shutil.rmtree(left, ignore_errors=True)  # of an interrupted run
+    try:
+        partial.mkdir(parents=True)
+        with _quiet():
+            model.save_pretrained(partial)
+        _copy_tokenizer(Path(tokenizer_folder), partial)
+        _sync(partial)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(str(out), f"cannot be written: {_first_line(error)}", "free some space, or give another output=") from error
+    if out.exists():
+        os.replace(out, old)
+    os.replace(partial, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _construct(config: Mapping[str, Any]) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        _config(config), dtype=torch.float32, attn_implementation=ATTENTION
+    )
+    return model
+
+
+def _config(config: Mapping[str, Any]) -> PreTrainedConfig:
+    """transformers' config object; it is given a copy, since it writes into nested dicts."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    plain = copy.deepcopy(dict(config))
+    plain.pop("auto_map", None)  # code from a config is never run
+    model_type = plain.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError("model", f"transformers has no causal language model of model_type {model_type!r}", "name a model that generates text")
+    try:
+        return CONFIG_MAPPING[model_type](**plain)
+    except (TypeError, ValueError) as error:  # transformers' own validation
+        raise ConfigError("model", f"transformers refuses this config: {_first_line(error)}", "mend the config.json") from error
+
+
+def _readable(file: Path) -> None:
+    """Opening reads the header and compares it with the file's length, which finds truncation without reading the weights."""
+    try:
+        with safe_open(file, framework="pt") as weights:
+            weights.keys()
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(str(file), f"is truncated or no safetensors file ({_first_line(error)})", "restore it, or make the checkpoint again") from error
+
+
+def _set_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    for target in (model.config, model.generation_config):
+        for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+            setattr(target, name, getattr(tokenizer, name))
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = _stop_ids(tokenizer)
+
+
+def _stop_ids(tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:
+    """Where generation ends: the end of text, and the end of a turn where the chat template closes turns with another token."""
+    stops: list[int] = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
+        text = str(tokenizer.apply_chat_template(turn, tokenize=False))
+        after = tokenizer.encode(text.rpartition(ANSWER)[2], add_special_tokens=False)
+        stops += [one for one in after if one in tokenizer.added_tokens_decoder and one not in stops][:1]
+    return stops if len(stops) > 1 else next(iter(stops), None)
+
+
+def _copy_tokenizer(folder: Path, out: Path) -> None:
+    """The tokenizer's own files, byte for byte, so that they hash the same in every checkpoint of a pipeline."""
+    for path in sorted({path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern)}):
+        shutil.copyfile(path, out / path.name)
+
+
+def _sync(folder: Path) -> None:
+    """Onto the disk before the rename, so that a crash cannot leave a whole-looking folder of empty files."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its bars and load reports; what they would say is raised instead."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

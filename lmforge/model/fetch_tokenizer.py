@@ -1,0 +1,48 @@
+"""The step that takes only the tokenizer of named weights, for training their architecture from scratch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from lmforge.errors import CheckpointError
+from lmforge.model.source import local_folder
+from lmforge.registry import Key, register
+from lmforge.step import Context, StepNode
+
+FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "*.jinja")
+
+
+@register("step", "tokenizer")
+class FetchTokenizer(StepNode):
+    """The tokenizer of a local folder or a hub id."""
+
+    produces = "tokenizer"
+    source: Annotated[str, Key("a local folder or a hub id", identity=False)]
+    revision: Annotated[str | None, Key("hub commit; null = the hub's newest", identity=False)]
+
+    def content(self, cache: Path | None) -> str:
+        """The tokenizer's files, or the hub id and commit."""
+        from lmforge.data.manifest import digest
+
+        folder = local_folder(self.source)
+        return digest(files(folder), cache) if folder else f"{self.source}@{self.revision or 'main'}"
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """Open it and save it again as a folder that AutoTokenizer opens; no code of its own ever runs."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.source, revision=self.revision or "main", trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(self.source, f"its tokenizer cannot be opened: {str(error).splitlines()[0][:120]}", "type model.tokenizer=bpe to train one") from error
+        tokenizer.save_pretrained(context.out)
+        return {"entries": len(tokenizer)}
+
+
+def files(folder: Path) -> list[Path]:
+    """The tokenizer's files; CheckpointError where there are none."""
+    found = sorted({path for pattern in FILES for path in folder.glob(pattern) if path.is_file()})
+    if not found:
+        raise CheckpointError(str(folder), "holds no tokenizer", "type model.tokenizer=bpe to train one")
+    return found
