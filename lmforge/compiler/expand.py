@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from lmforge.data.nodes import Data
 from lmforge.errors import PlanError, Problem
 from lmforge.experiment import Experiment, NamedStage
+from lmforge.formats import store
 from lmforge.model.fetch import FetchWeights
 from lmforge.model.fetch_tokenizer import FetchTokenizer
 from lmforge.model.weights import max_positions, vocab_size
@@ -38,7 +38,7 @@ class _Expansion:
         self.config: dict[str, Any] = experiment.model.config()
         self.made: list[Step] = []
         self.scope: dict[str, Artifact] = {}
-        self.cache = Path(experiment.output) / ".cache" / "weights.json"
+        self.cache = store.cache(experiment.output, "weights.json")
         self.evaluated = 0
         self.makers: dict[str, Callable[[str, Data, int], Artifact]] = {
             "corpus": self.corpus,

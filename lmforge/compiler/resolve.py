@@ -12,6 +12,7 @@ from typing import Any
 
 from lmforge.codec import digest, encode
 from lmforge.errors import PlanError
+from lmforge.formats import store
 from lmforge.model.weights import ParamCount, count, max_positions
 from lmforge.plan import Plan, Step
 from lmforge.stage.nodes import Budget, TrainingStage
@@ -22,7 +23,7 @@ ROWS = 64  # rows of a global batch where none is given: enough to split over a 
 def resolve(plan: Plan) -> Plan:
     """The plan with sequence lengths, batches, budgets and digests filled in."""
     config = plan.experiment.model.config()
-    cache = Path(plan.experiment.output) / ".cache" / "content.json"
+    cache = store.cache(plan.experiment.output, "content.json")
     done: list[Step] = []
     for step in plan.steps:
         if isinstance(step.spec, TrainingStage):
@@ -75,7 +76,7 @@ def flops_per_token(params: ParamCount, seq_len: int) -> float:
     return 6 * params.active + 6 * params.layers * params.attention_width * seq_len
 
 
-def _identified(step: Step, before: list[Step], cache: Path) -> Step:
+def _identified(step: Step, before: list[Step], cache: Path | None) -> Step:
     """What a step *is*: its node's identity keys, its content, and the digests of what it consumes."""
     spec = step.spec
     content = spec.content(cache)

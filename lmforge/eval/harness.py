@@ -94,6 +94,7 @@ def _write_tasks(corpus: Path | None, into: Path, scratch: Path) -> list[str]:
 
 def _simple_evaluate(node: LmEval, context: Context, manager: TaskManager) -> dict[str, Any]:
     import lm_eval
+    from jinja2 import TemplateError
 
     checkpoint = context.inputs["checkpoint"]
     tokenizer = open_tokenizer(checkpoint)
@@ -112,7 +113,7 @@ def _simple_evaluate(node: LmEval, context: Context, manager: TaskManager) -> di
             bootstrap_iters=100,  # for the metrics whose standard error has no formula, such as word_perplexity
             log_samples=False,
         )
-    except (ValueError, KeyError, OSError, ConnectionError) as error:  # a task's own refusal, or data that is neither here nor to be had
+    except (ValueError, KeyError, OSError, TemplateError) as error:  # a task's own refusal, or data that is neither here nor to be had
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise RunError("eval.tasks", first, "name other tasks, or run it once with a network") from error
     context.report.progress(len(node.tasks), len(node.tasks), "lm_eval")

@@ -96,6 +96,9 @@ class LmEval(Eval):
 
         if not self.tasks:
             yield Problem(f"{where}.tasks", "is empty", "name a task, such as heldout_code, or use eval=none")
+        for name in self.tasks:
+            if "/" in name or name.endswith((".yaml", ".yml")):  # the harness would open it, and import what it names
+                yield Problem(f"{where}.tasks", f"{name!r} is a path", "name a task, and give its folder as include_path")
         if self.limit is not None and self.limit > 1 and self.limit != int(self.limit):
             yield Problem(f"{where}.limit", f"{self.limit} is neither a count nor a share below 1", "write a whole number of documents, or a share such as 0.1")
         bad = self.batch_size < 1 if isinstance(self.batch_size, int) else self.batch_size != "auto"

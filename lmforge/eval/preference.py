@@ -44,9 +44,7 @@ def choose_pairs(tokens: Tokens, max_pairs: int | None) -> list[int]:
     return [int(index) for index in np.linspace(0, there - 1, min(there, max_pairs or there)).round()]
 
 
-def score_pairs(
-    model: PreTrainedModel, tokens: Tokens, indices: Sequence[int], *, batch_tokens: int, progress: Callable[[int, int, str], None]
-) -> list[Pair]:
+def score_pairs(model: PreTrainedModel, tokens: Tokens, indices: Sequence[int], *, batch_tokens: int, progress: Callable[[int, int, str], None]) -> list[Pair]:
     """Score both answers of each pair; pairs of like length share a batch. In the order of `indices`."""
     import torch
 

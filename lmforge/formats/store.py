@@ -28,6 +28,12 @@ def runs(output: str | Path) -> Path:
     return Path(output) / "runs"
 
 
+def cache(output: str | Path, name: str) -> Path | None:
+    """Where hashes of large files are remembered; None until a run has made the folder, for planning writes nothing."""
+    folder = Path(output) / ".cache"
+    return folder / name if folder.is_dir() else None
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object; ConfigError in one line where it cannot be read."""
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from lmforge.errors import CheckpointError, ConfigError
@@ -55,7 +56,7 @@ def from_folder(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrai
         _readable(file)
     try:
         with _quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
                 attn_implementation=ATTENTION,
@@ -64,15 +65,17 @@ def from_folder(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrai
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         what = f"cannot be loaded: {_first_line(error)}"
         raise CheckpointError(str(folder), what, "its config.json and weights must be of one model that transformers knows") from error
+    model: PreTrainedModel = loaded[0]
+    report: dict[str, Any] = loaded[1]
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if names := sorted(map(str, report.get(kind) or ())):
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise CheckpointError(str(folder), f"{kind.replace('_', ' ')}: {shown}", "the weights are not those of its config.json")
     model.train()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def save(model: PreTrainedModel, tokenizer_folder: str | Path, out: str | Path) -> None:
@@ -127,7 +130,7 @@ def _config(config: Mapping[str, Any]) -> PreTrainedConfig:
         raise ConfigError("model", f"transformers has no causal language model of model_type {model_type!r}", "name a model that generates text")
     try:
         return CONFIG_MAPPING[model_type](**plain)
-    except (TypeError, ValueError) as error:  # transformers' own validation
+    except (TypeError, ValueError, StrictDataclassError) as error:  # transformers' own validation
         raise ConfigError("model", f"transformers refuses this config: {_first_line(error)}", "mend the config.json") from error
 
 

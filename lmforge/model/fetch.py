@@ -43,10 +43,13 @@ class FetchWeights(StepNode):
 
     @classmethod
     def of(cls, source: str, revision: str | None, cache: Path | None) -> FetchWeights:
-        """The step for a source: a folder is hashed (`cache` remembers it), a hub id is pinned where its commit is known."""
+        """The step for a source: a folder is hashed (`cache` remembers it), a hub id is pinned where its commit is known.
+
+        A folder with only a config.json will do for a plan; `run` asks for the weights.
+        """
         folder = local_folder(source)
         if folder:
-            weight_files(folder)
+            _model_folder(folder)
             return cls(source=str(folder.resolve()), revision=None, fingerprint=folder_digest(folder, cache))
         commit = pinned(source, revision)
         return cls(source=source, revision=commit, fingerprint=f"{source}@{commit or 'main'}")
@@ -89,10 +92,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a complete model folder; CheckpointError where something is missing."""
-    if not folder.is_dir():
-        raise CheckpointError(str(folder), "there is no such folder", "name a folder with config.json and *.safetensors, or a hub id")
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(str(folder), "has no config.json", "name a folder in Hugging Face format")
+    _model_folder(folder)
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         if (folder / "model.safetensors").is_file():
@@ -106,6 +106,13 @@ def weight_files(folder: Path) -> list[Path]:
         if Path(name).name != name or not (folder / name).is_file():
             raise CheckpointError(str(index), f"names {name!r}, which is not in the folder", "complete the download")
     return [folder / name for name in names]
+
+
+def _model_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise CheckpointError(str(folder), "there is no such folder", "name a folder with config.json and *.safetensors, or a hub id")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(str(folder), "has no config.json", "name a folder in Hugging Face format")
 
 
 def _download(source: str, revision: str | None) -> Path:

@@ -48,7 +48,7 @@ class Rotary(Model):
     intermediate_size: Annotated[int, Key("width of the feed-forward", ge=1)]
     num_hidden_layers: Annotated[int, Key("decoder layers", ge=1)]
     num_attention_heads: Annotated[int, Key("query heads; they divide hidden_size", ge=1)]
-    num_key_value_heads: Annotated[int, Key("key-value heads; they divide num_attention_heads (Ainslie et al. 2023)", ge=1)]
+    num_key_value_heads: Annotated[int | None, Key("key-value heads (Ainslie et al. 2023); null = as many as heads", ge=1)]
     max_position_embeddings: Annotated[int, Key("longest sequence", "tokens", ge=1)]
     rope_theta: Annotated[float, Key("base of the rotary frequencies (Su et al. 2021)", gt=0)]
     rms_norm_eps: Annotated[float, Key("added to the mean square in RMSNorm", gt=0, lt=1)]
@@ -57,7 +57,7 @@ class Rotary(Model):
 
     def check(self, where: str) -> Iterator[Problem]:
         yield from super().check(where)
-        width, heads, groups = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        width, heads, groups = self.hidden_size, self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
         yield from divides(f"{where}.num_attention_heads", heads, "heads", width, "hidden_size")
         if width % heads == 0 and width // heads % 2:
             instead = "rotary positions turn pairs of numbers: take fewer heads or another hidden_size"
@@ -73,7 +73,7 @@ class Rotary(Model):
             "intermediate_size": self.intermediate_size,
             "num_hidden_layers": self.num_hidden_layers,
             "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_key_value_heads,
+            "num_key_value_heads": self.num_key_value_heads or self.num_attention_heads,
             "hidden_act": "silu",
             "max_position_embeddings": self.max_position_embeddings,
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
@@ -177,7 +177,7 @@ class Dial(Model):
             intermediate_size=found.intermediate_size,
             num_hidden_layers=found.num_hidden_layers,
             num_attention_heads=found.num_attention_heads,
-            num_key_value_heads=found.num_attention_heads,
+            num_key_value_heads=None,
             **{name: getattr(self, name) for name in same},
         ).config()
 

@@ -97,7 +97,7 @@ def _run(job: Job, plan: Plan, workspace: Workspace, console: Console) -> list[t
         inputs = [ArtifactRef(f"{one.step}-{made[one.step].digest}", one.kind, job.inputs[one.kind]) for one in step.inputs]
         tracker.artifact(ArtifactRef(f"{step.name}-{step.digest}", step.produces, job.folder / step.produces), inputs)
         tracker.finish(summary.flat(metrics))
-    console.print(f"{step.name}: {summary.line(step, metrics)} ({seconds:.0f} s)", highlight=False, markup=False)
+    console.print(f"{step.name}: {summary.line(step, metrics)} ({seconds:.0f} s)", highlight=False, markup=False, soft_wrap=True)
     return report.samples
 
 

@@ -29,6 +29,7 @@ class Workspace:
         probe = store.steps(self.output) / f".probe-{os.getpid()}"
         try:
             probe.parent.mkdir(parents=True, exist_ok=True)
+            (self.output / ".cache").mkdir(exist_ok=True)
             probe.write_bytes(b"x" * 4096)
             probe.unlink()
         except OSError as error:

@@ -99,7 +99,7 @@ class Pretrain(TrainingStage):
 
     def objective(self, context: Context) -> Any:
         """Cross entropy over every token of the packed stream."""
-        from lmforge.training.objectives.causal import CausalLM
+        from lmforge.training.objectives.causal_lm import CausalLM
 
         return CausalLM(context.inputs["tokens:text"], self.row_tokens)
 
@@ -112,7 +112,7 @@ class Sft(TrainingStage):
 
     def objective(self, context: Context) -> Any:
         """Cross entropy over assistant tokens of packed conversations."""
-        from lmforge.training.objectives.causal import CausalLM
+        from lmforge.training.objectives.causal_lm import CausalLM
 
         return CausalLM(context.inputs["tokens:chat"], self.row_tokens)
 

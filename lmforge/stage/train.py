@@ -28,7 +28,8 @@ SPLITS = ("train", "heldout")
 def train(stage: TrainingStage, context: Context) -> dict[str, Any]:
     """Train from the checkpoint among the inputs, or from scratch; returns the last interval's metrics."""
     model = starting_weights(stage, context)
-    tokenizer = context.inputs.get("checkpoint") or context.inputs["tokenizer"]
+    # The tokens' own tokenizer: it holds the chat template, and the markers added where the model's had none.
+    tokenizer = context.inputs[f"tokens:{stage.view}"] / "tokenizer"
     metrics = fit(recipe(stage), stage.objective(context), model, context, lambda trained: build.save(trained, tokenizer, context.out))
     if os.environ.get("RANK", "0") == "0":
         state.clear(context.folder / "state")

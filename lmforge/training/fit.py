@@ -78,21 +78,10 @@ def _trainer(recipe: Recipe, context: Context, world: int) -> Trainer:
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     strategy = DDPStrategy(
         process_group_backend="gloo" if accelerator == "cpu" else "nccl",
-        ddp_comm_hook=None if recipe.reduce_dtype == recipe.param_dtype else _reduce_in,
-        ddp_comm_state=getattr(torch, recipe.reduce_dtype),
         broadcast_buffers=False,  # a language model's buffers are constants
         gradient_as_bucket_view=True,
     )
     return Trainer(devices=local, num_nodes=world // local, strategy=strategy, default_root_dir=context.folder, **shared)
-
-
-def _reduce_in(dtype: torch.dtype, bucket: Any) -> torch.futures.Future[torch.Tensor]:
-    """DDP's communication hook: the mean over ranks, summed in `dtype`."""
-    buffer = bucket.buffer()
-    shared = buffer.to(dtype).div_(dist.get_world_size())
-    future = dist.all_reduce(shared, async_op=True).get_future()
-    result: torch.futures.Future[torch.Tensor] = future.then(lambda done: buffer.copy_(done.value()[0]))
-    return result
 
 
 def _run(trainer: Trainer, module: TrainingModule, loader: DataLoader[Any]) -> None:

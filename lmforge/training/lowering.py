@@ -1,4 +1,4 @@
-"""How the same model is run cheaper: recomputed activations, compiled blocks. Neither changes what is computed."""
+"""How a model is run: its dtype, recomputed activations, compiled blocks, and the dtype gradients are summed in."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -37,6 +38,15 @@ def lower(model: Any, recipe: Recipe) -> None:
 
 def _policy(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def reduce_in(dtype: torch.dtype, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+    """DDP's communication hook: the mean of a bucket of gradients over ranks, summed in `dtype`."""
+    buffer = bucket.buffer()
+    shared = buffer.to(dtype).div_(dist.get_world_size())
+    future = dist.all_reduce(shared, async_op=True).get_future()
+    result: torch.futures.Future[torch.Tensor] = future.then(lambda done: buffer.copy_(done.value()[0]))
+    return result
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lmforge.step import Report
 from lmforge.training import state
+from lmforge.training.lowering import reduce_in
 from lmforge.training.meter import Meter
 from lmforge.training.objective import Objective
 from lmforge.training.order import GlobalBatch
@@ -58,6 +59,10 @@ class TrainingModule(LightningModule):
         if self.resumed is not None:
             self._restore(self.resumed)
             self.resumed = None
+        if self.trainer.world_size > 1 and self.recipe.reduce_dtype != self.recipe.param_dtype:
+            ddp: Any = self.trainer.model  # not by Lightning's ddp_comm_hook, which it ignores on a CPU
+            # A lambda, since DDP compares annotations with its classes and ours are strings.
+            ddp.register_comm_hook(getattr(torch, self.recipe.reduce_dtype), lambda dtype, bucket: reduce_in(dtype, bucket))
         self.signals.install()  # after Lightning's own, which would end the process in the middle of things
         self.saved_at = self.interval_start = time.monotonic()
         self.started = self.interval_start - self.elapsed_s

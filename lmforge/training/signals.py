@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
@@ -11,21 +12,25 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """Remembers the first signal in `requested`; a second Ctrl-C interrupts at once. Does nothing outside the main thread."""
+    """Remembers the first signal in `requested`; a second Ctrl-C interrupts at once. Does nothing outside the main thread.
+
+    `restore` brings back the handlers there were when this was made, for Lightning sets some of its own in between.
+    """
 
     def __init__(self) -> None:
         self.requested = False
-        self._previous: dict[int, Any] = {}
+        self._before = {number: signal.getsignal(number) for number in SIGNALS}
 
     def install(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                self._previous.setdefault(number, signal.getsignal(number))
-                signal.signal(number, self._take)
+        self._set(dict.fromkeys(SIGNALS, self._take))
 
     def restore(self) -> None:
-        while self._previous:
-            signal.signal(*self._previous.popitem())
+        self._set(self._before)
+
+    def _set(self, handlers: Mapping[signal.Signals, Any]) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:

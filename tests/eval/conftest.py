@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lmforge.formats.tokens import Meta, SplitWriter, write_meta
 
-WORDS = "def return for in range print class self import open read write add value item list".split()
+WORDS = ["def", "return", "for", "in", "range", "print", "class", "self", "import", "open", "read", "write", "add", "value", "item", "list"]
 VOCAB, SEQ_LEN = 300, 32
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def test_weights_are_the_best_of_a_grid() -> None:
         for other in np.linspace(0.01, 0.99, 50):
             changed = tuned.copy()
             changed[bucket] = other
-            assert best <= mean_nats(counts, changed, context[400:], word[400:]) + 1e-5
+            assert best <= mean_nats(counts, changed, context[400:], word[400:]) + 3e-4  # the half event against a weight of 1
 
 
 def test_events_stay_within_documents_and_match_the_models_labels(text_tokens: Path) -> None:
@@ -61,7 +62,7 @@ def test_events_stay_within_documents_and_match_the_models_labels(text_tokens: P
     assert tune.sum() == sum(len(train.example(index)[0]) - 1 for index in (19, 39, 59))
     seen, labels = row_events(heldout, choose_rows(heldout, None))
     documents = [heldout.example(index)[0].tolist() for index in range(len(heldout))]
-    assert sorted(zip(seen.tolist(), labels.tolist(), strict=True)) == sorted(pair for one in documents for pair in zip(one, one[1:], strict=False))
+    assert sorted(zip(seen.tolist(), labels.tolist(), strict=True)) == sorted(pair for one in documents for pair in itertools.pairwise(one))
     assert word.max() < 300
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -14,6 +15,7 @@ from lmforge.eval.nodes import Eval, NoEval
 from lmforge.eval.perplexity import choose_rows, perplexity
 from lmforge.formats.tokens import Tokens
 from lmforge.inference.checkpoint import open_model
+from lmforge.quantize.int8 import quantize_folder
 from lmforge.step import Context, Report
 
 BASE = {
@@ -42,7 +44,7 @@ def plain_losses(model: torch.nn.Module, tokens: Tokens) -> dict[int, list[float
     for document in range(len(tokens)):
         start, end = int(tokens.offsets[document]), int(tokens.offsets[document + 1])
         borders = sorted({start, end, *(cut for cut in cuts if start < cut < end)})
-        for a, b in zip(borders, borders[1:], strict=False):
+        for a, b in itertools.pairwise(borders):
             ids = torch.tensor(tokens.ids[a:b].astype(np.int64))[None]
             with torch.no_grad():
                 logs = model(ids).logits[0].double().log_softmax(-1)
@@ -129,6 +131,17 @@ def test_the_node_reports_what_its_inputs_allow(tmp_path: Path, checkpoint: Path
     assert "perplexity" not in pairs
     with pytest.raises(RunError, match="neither held-out text nor held-out pairs"):
         run(tmp_path / "d", {"checkpoint": checkpoint}, Report())
+
+
+def test_a_quantized_checkpoint_is_measured_like_any_other(tmp_path: Path, checkpoint: Path, text_tokens: Path) -> None:
+    small = tmp_path / "int8"
+    small.mkdir()
+    quantize_folder(checkpoint, small, embeddings=True, skip=(), group_size=None, progress=silent)
+    got = run(tmp_path / "eval", {"checkpoint": small, "tokens:text": text_tokens}, Report())
+    plain = run(tmp_path / "plain", {"checkpoint": checkpoint, "tokens:text": text_tokens}, Report())
+    assert got["perplexity"] == pytest.approx(plain["perplexity"], rel=0.1)
+    assert got["perplexity"] != plain["perplexity"]
+    assert got["untrained_perplexity"] == plain["untrained_perplexity"]
 
 
 def test_an_untrained_model_is_near_uniform_and_the_same_each_time(tmp_path: Path, checkpoint: Path, text_tokens: Path) -> None:

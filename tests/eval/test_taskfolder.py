@@ -40,7 +40,7 @@ BAD = {
     "a function": ({"mine.yaml": TASK + "process_docs: !function utils.run\n"}, "has the tag !function"),
     "a function in full": ({"mine.yaml": TASK + "process_docs: !<!function> utils.run\n"}, "has the tag !function"),
     "a function in two halves": ({"mine.yaml": "%TAG !e! !func\n---\n" + TASK + "process_docs: !e!tion utils.run\n"}, "has the tag !function"),
-    "a function in an included file": ({"mine.yaml": TASK + "include: notes.txt\n", "notes.txt": "doc_to_text: !function utils.run\n"}, "has the tag !function"),
+    "a function in an included file": ({"mine.yaml": TASK + "include: notes\n", "notes": "doc_to_text: !function utils.run\n"}, "has the tag !function"),
     "an included file elsewhere": ({"mine.yaml": TASK + "include: ../outside.yaml\n"}, "is outside the folder"),
     "one by its absolute path": ({"mine.yaml": TASK + "include: [/etc/hostname]\n"}, "is outside the folder"),
     "a python object": ({"mine.yaml": TASK + "doc_to_text: !!python/object/apply:os.system [ls]\n"}, "python/object/apply"),
@@ -56,7 +56,7 @@ def test_anything_that_could_run_is_refused(tmp_path: Path, kind: str) -> None:
     files, says = BAD[kind]
     made = folder(tmp_path, files)
     (tmp_path / "outside.yaml").write_text(TASK)
-    with pytest.raises(ConfigError, match="eval.include_path") as caught:
+    with pytest.raises(ConfigError, match=r"eval\.include_path") as caught:
         decode(Eval, BASE | {"include_path": str(made)}, "eval")
     assert says in str(caught.value)
 
@@ -73,9 +73,10 @@ def test_a_nest_of_aliases_takes_no_time(tmp_path: Path) -> None:
     assert list(problems(folder(tmp_path, {"mine.yaml": nest}), "here")) == []
 
 
-@pytest.mark.parametrize(
-    "change", [{"tasks": []}, {"limit": 2.5}, {"limit": 0}, {"batch_size": 0}, {"batch_size": "big"}, {"include_path": "/nowhere/at/all"}, {"num_fewshot": -1}]
-)
+SENSELESS = [{"tasks": []}, {"tasks": ["./evil.yaml"]}, {"limit": 2.5}, {"limit": 0}, {"batch_size": 0}, {"batch_size": "big"}, {"num_fewshot": -1}]
+
+
+@pytest.mark.parametrize("change", [*SENSELESS, {"include_path": "/nowhere/at/all"}])
 def test_keys_that_make_no_sense_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=f"eval.{next(iter(change))}"):
         decode(Eval, BASE | change, "eval")

@@ -31,7 +31,14 @@ def option(name: str, **changes: Any) -> Optimizer:
 
 def model() -> nn.ModuleDict:
     torch.manual_seed(0)
-    shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (50, 96), "q_proj": (96, 64), "experts": (3, 8, 16), "norm": (96,), "bias": (5000,), "lm_head": (50, 96)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed_tokens": (50, 96),
+        "q_proj": (96, 64),
+        "experts": (3, 8, 16),
+        "norm": (96,),
+        "bias": (5000,),
+        "lm_head": (50, 96),
+    }
     module = nn.ModuleDict()
     for name, shape in shapes.items():
         module[name] = nn.Module()
@@ -49,7 +56,7 @@ def step(parameters: list[nn.Parameter], optimizers: list[torch.optim.Optimizer]
 
 
 def test_each_has_a_yaml_and_round_trips() -> None:
-    assert NAMES == sorted(path.stem for path in (CONF / "optimizer").glob("*.yaml"))
+    assert sorted(path.stem for path in (CONF / "optimizer").glob("*.yaml")) == NAMES
     assert sorted(types("optimizer/schedule")) == sorted(path.stem for path in (CONF / "optimizer" / "schedule").glob("*.yaml"))
     for name in NAMES:
         assert decode(Optimizer, encode(option(name))) == option(name)
@@ -108,7 +115,7 @@ def test_muon_takes_hidden_matrices_alone() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ConfigError, match="optimizer.lr: -1.0 must be > 0"):
+    with pytest.raises(ConfigError, match=r"optimizer.lr: -1.0 must be > 0"):
         option("adamw", lr=-1)
     with pytest.raises(ConfigError, match="unknown optimizer type 'adamv'; did you mean 'adam"):
         option("adamw", type="adamv")

@@ -53,7 +53,8 @@ def test_clipping_bounds_the_global_norm(chat: Path, tmp_path: Path) -> None:
     free, _ = tiny_run.train(tmp_path / "free", chat, steps=1, optimizer=sgd())
     clipped, weights = tiny_run.train(tmp_path / "clipped", chat, steps=1, optimizer=sgd(grad_clip=0.01))
     norm = torch.stack([moved.norm() for moved in change(weights, tiny_run.tiny_model()).values()]).norm()
-    assert free["grad_norm"] == pytest.approx(clipped["grad_norm"]) and free["grad_norm"] > 0.1
+    assert free["grad_norm"] == pytest.approx(clipped["grad_norm"])
+    assert free["grad_norm"] > 0.1
     assert float(norm) == pytest.approx(0.01, rel=1e-3)
 
 
@@ -65,8 +66,11 @@ def test_it_learns_and_says_so(text: Path, tmp_path: Path) -> None:
     assert {"loss", "grad_norm", "lr", "tokens_per_s", "tokens", "step"} == report.logged[0].keys()
     assert report.logged[0]["loss"] > report.logged[1]["loss"] > metrics["loss"] == report.logged[-1]["loss"]
     assert [one["lr"] for one in report.logged] == [1e-2 * recipe.optimizer.schedule.factor(step, 45) for step in (19, 39, 44)]
-    assert report.logged[-1]["tokens"] == metrics["tokens"] == 45 * 8 * 16 and metrics["steps"] == 45
-    assert report.bars[-1][:2] == (45, 45) and report.bars[-1][2].startswith("loss ") and report.bars[-1][2].endswith(" tok/s")
+    assert report.logged[-1]["tokens"] == metrics["tokens"] == 45 * 8 * 16
+    assert metrics["steps"] == 45
+    assert report.bars[-1][:2] == (45, 45)
+    assert report.bars[-1][2].startswith("loss ")
+    assert report.bars[-1][2].endswith(" tok/s")
 
 
 def test_muon_and_its_two_learning_rates(text: Path, tmp_path: Path) -> None:
@@ -75,7 +79,8 @@ def test_muon_and_its_two_learning_rates(text: Path, tmp_path: Path) -> None:
         adjust_lr="original", adamw_lr=0.004, beta1=0.9, beta2=0.95, eps=1e-8,
     )  # fmt: skip
     metrics, _ = tiny_run.train(tmp_path, text, steps=30, optimizer=muon)
-    assert metrics["loss"] < 4.0 and metrics["lr"] == 0.02
+    assert metrics["loss"] < 4.0
+    assert metrics["lr"] == 0.02
 
 
 @pytest.mark.parametrize("precision", [("bfloat16", "bfloat16"), ("float32", "bfloat16"), ("float32", "float16")])
@@ -83,7 +88,8 @@ def test_low_precision_follows_fp32(text: Path, tmp_path: Path, precision: tuple
     expected, _ = tiny_run.train(tmp_path / "fp32", text, steps=10)
     metrics, weights = tiny_run.train(tmp_path / "low", text, steps=10, param_dtype=precision[0], compute_dtype=precision[1])
     assert {value.dtype for value in weights.values()} == {getattr(torch, precision[0])}
-    assert metrics["loss"] == pytest.approx(expected["loss"], rel=0.02) and metrics["loss"] != expected["loss"]
+    assert metrics["loss"] == pytest.approx(expected["loss"], rel=0.02)
+    assert metrics["loss"] != expected["loss"]
 
 
 def test_loss_scaling_skips_what_overflows(text: Path, tmp_path: Path) -> None:
@@ -147,7 +153,9 @@ def test_a_loss_that_is_not_finite_names_its_step_and_saves_nothing(text: Path, 
     with pytest.raises(RunError, match="not finite in step 3;"):
         fit(tiny_run.recipe(save_every_s=0.0, log_every=6), Poisoned(text, 16), tiny_run.tiny_model(), tiny_run.context(tmp_path), saved.append)
     resumed = state.load(tmp_path / "state")
-    assert not saved and resumed is not None and resumed["step"] == 3
+    assert not saved
+    assert resumed is not None
+    assert resumed["step"] == 3
     assert all(value.isfinite().all() for value in resumed["weights"].values())
 
 
@@ -160,7 +168,8 @@ def test_a_signal_ends_after_the_step_and_the_rerun_is_bitwise(chat: Path, tmp_p
         tiny_run.train(tmp_path / "stopped", chat, dropout=0.2, report=report)
     assert signal.getsignal(number) is previous
     resumed = state.load(tmp_path / "stopped" / "state")
-    assert resumed is not None and resumed["step"] == 2
+    assert resumed is not None
+    assert resumed["step"] == 2
     metrics, weights = tiny_run.train(tmp_path / "stopped", chat, dropout=0.2)
     assert all(torch.equal(weights[name], value) for name, value in undisturbed.items())
     assert {name: metrics[name] for name in ("loss", "grad_norm", "tokens", "lr")} == {name: expected[name] for name in ("loss", "grad_norm", "tokens", "lr")}

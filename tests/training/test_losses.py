@@ -26,7 +26,8 @@ def test_chunks_equal_the_plain_form(dtype: torch.dtype, chunk: int | None) -> N
     (expected,) = torch.autograd.grad((plain * weights).sum(), logits)
     ours = token_cross_entropy(logits, labels, chunk)
     (gradient,) = torch.autograd.grad((ours * weights).sum(), logits)
-    assert ours.dtype == torch.float32 and gradient.dtype == dtype
+    assert ours.dtype == torch.float32
+    assert gradient.dtype == dtype
     torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(gradient, expected, rtol=0 if dtype == torch.float32 else 1e-2, atol=1e-6 if dtype == torch.float32 else 1e-3)
 
@@ -62,6 +63,8 @@ def test_dpo_by_hand() -> None:
     policy = torch.tensor([-3.0, -5.0], requires_grad=True)
     loss, chosen, rejected = dpo_loss(policy[:1], policy[1:], torch.tensor([-4.0]), torch.tensor([-4.5]), beta=0.5, label_smoothing=0.0)
     assert float(loss) == pytest.approx(float(functional.softplus(torch.tensor(-0.75))))  # margin 0.5 * (1 + 0.5)
-    assert (float(chosen), float(rejected)) == (0.5, -0.25) and not chosen.requires_grad
+    assert (float(chosen), float(rejected)) == (0.5, -0.25)
+    assert not chosen.requires_grad
     loss.backward()
-    assert policy.grad is not None and float(policy.grad[0]) == pytest.approx(-0.5 * float(torch.sigmoid(torch.tensor(-0.75))))
+    assert policy.grad is not None
+    assert float(policy.grad[0]) == pytest.approx(-0.5 * float(torch.sigmoid(torch.tensor(-0.75))))

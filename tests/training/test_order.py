@@ -17,7 +17,8 @@ def test_every_row_once_an_epoch_in_another_order() -> None:
     order = RowOrder(10, seed=1)
     first, second = order.take(0, 10), order.take(10, 20)
     assert sorted(first) == sorted(second) == list(range(10))
-    assert first.tolist() != second.tolist() and RowOrder(10, seed=2).take(0, 10).tolist() != first.tolist()
+    assert first.tolist() != second.tolist()
+    assert RowOrder(10, seed=2).take(0, 10).tolist() != first.tolist()
     assert RowOrder(10, seed=1).take(7, 34).tolist() == np.concatenate([first, second, order.take(20, 30), order.take(30, 40)])[7:34].tolist()
     with pytest.raises(DataError, match="no rows to train on"):
         RowOrder(0, seed=1)
@@ -36,4 +37,5 @@ def test_ranks_and_micro_batches_cut_the_same_global_batch(chat: Path) -> None:
         assert [len(batch["input_ids"]) for batch in parts[0].micro_batches] == [3, 1]
         joined = torch.cat([batch["labels"] for part in parts for batch in part.micro_batches])
         assert torch.equal(joined, whole.micro_batches[0]["labels"])
-        assert sum(int(part.weight) for part in parts) == int(whole.weight) and sum(part.tokens for part in parts) == whole.tokens == 128
+        assert sum(int(part.weight) for part in parts) == int(whole.weight)
+        assert sum(part.tokens for part in parts) == whole.tokens == 128
