@@ -76,7 +76,7 @@ class _Expansion:
         if source is None:
             return
         self.scope["checkpoint"] = self.add("weights", FetchWeights.of(source, revision, self.cache), ())
-        self.scope.pop("tokenizer", None)
+        self.scope["tokenizer"] = dataclasses.replace(self.scope["checkpoint"], kind="tokenizer")
 
     def stage(self, named: NamedStage) -> None:
         stage = named.stage
@@ -119,11 +119,9 @@ class _Expansion:
         return self.add(name, data, ())
 
     def tokenizer(self, _: str, data: Data, seq_len: int) -> Artifact:
-        """Trained for a pipeline from scratch; otherwise it came with the weights."""
+        """Trained for a pipeline from scratch; otherwise it came with the weights. One for the whole pipeline."""
         if "tokenizer" in self.scope:
             return self.scope["tokenizer"]
-        if "checkpoint" in self.scope:
-            return dataclasses.replace(self.scope["checkpoint"], kind="tokenizer")
         node = self.experiment.model.tokenizer
         if node.trains:
             if getattr(node, "vocab_size", 0) is None:

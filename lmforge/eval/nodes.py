@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from lmforge.codec import digest
 from lmforge.errors import Problem
 from lmforge.registry import Key, node, register
 from lmforge.step import Context, StepNode
@@ -85,11 +87,19 @@ class LmEval(Eval):
     num_fewshot: Annotated[int | None, Key("examples in the prompt; null = what each task says", unit="examples", ge=0)]
     limit: Annotated[float | None, Key("documents a task: a count, or a share below 1; null = all", gt=0)]
     batch_size: Annotated[int | str, Key("sequences in one forward pass, or auto", identity=False)]
-    include_path: Annotated[str | None, Key("a folder of task YAMLs; no Python in it, and no !function")]
+    include_path: Annotated[str | None, Key("a folder of task YAMLs; no Python in it, and no !function; its content counts, not its path", identity=False)]
     apply_chat_template: Annotated[bool, Key("put each prompt into the checkpoint's chat template")]
 
     def measures(self, last: bool) -> bool:
         return last or self.after == "all"
+
+    def content(self, cache: Path | None) -> str:
+        """The task folder by its files."""
+        if self.include_path is None:
+            return ""
+        root = Path(self.include_path)
+        files = sorted(path for path in root.rglob("*") if path.is_file())
+        return digest([[path.relative_to(root).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()] for path in files])
 
     def check(self, where: str) -> Iterator[Problem]:
         from lmforge.eval.taskfolder import problems

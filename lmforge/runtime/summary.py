@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lmforge.eval.preference import paired_difference
 from lmforge.explain import flatten, gib
 from lmforge.plan import Plan, Step
 from lmforge.runtime.workspace import Workspace
@@ -48,7 +49,7 @@ def show(
         console.print(table(rows, metrics))
         for note in baselines(rows):
             console.print(note, highlight=False)
-    for note in deltas(plan, rows, metrics):
+    for note in deltas(plan, rows, metrics, workspace):
         console.print(note, highlight=False)
     for title, text in samples[-1:]:
         console.rule(title)
@@ -63,12 +64,17 @@ def show(
         console.print(f"try       {hint}", highlight=False, markup=False, soft_wrap=True)
 
 
-def evaluations(plan: Plan, metrics: Metrics) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each measured checkpoint with its figures."""
+def evaluated(plan: Plan) -> Iterator[tuple[str, Step]]:
+    """Each evaluation step with the name of the checkpoint it measures."""
     for step in plan.steps:
         if step.group == "eval":
-            measured = next(one.step for one in step.inputs if one.kind == "checkpoint")
-            yield measured, metrics[step.name]
+            yield next(one.step for one in step.inputs if one.kind == "checkpoint"), step
+
+
+def evaluations(plan: Plan, metrics: Metrics) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each measured checkpoint with its figures."""
+    for name, step in evaluated(plan):
+        yield name, metrics[step.name]
 
 
 def table(rows: Sequence[tuple[str, Mapping[str, Any]]], metrics: Metrics) -> Table:
@@ -97,9 +103,10 @@ def baselines(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
             yield f"{name}'s perplexity {one['perplexity']:.1f} is {verdict} an interpolated bigram model's {one['bigram_perplexity']:.1f} on the same tokens"
 
 
-def deltas(plan: Plan, rows: Sequence[tuple[str, Mapping[str, Any]]], metrics: Metrics) -> Iterator[str]:
-    """What preference training gained, and what quantization cost."""
+def deltas(plan: Plan, rows: Sequence[tuple[str, Mapping[str, Any]]], metrics: Metrics, workspace: Workspace) -> Iterator[str]:
+    """What preference training gained, and what quantization cost. A gain is over the same pairs, so its error is the paired one."""
     measured = dict(rows)
+    pairs = {name: workspace.folder(step) / step.produces / "preference.jsonl" for name, step in evaluated(plan)}
     for step in plan.steps:
         if step.name not in measured:
             continue
@@ -108,10 +115,9 @@ def deltas(plan: Plan, rows: Sequence[tuple[str, Mapping[str, Any]]], metrics: M
             continue
         here, there = measured[step.name], measured[before]
         if step.stage == "dpo" and "preference_accuracy" in here:
-            error = (here["preference_accuracy_standard_error"] ** 2 + there["preference_accuracy_standard_error"] ** 2) ** 0.5
-            gain = here["preference_accuracy"] - there["preference_accuracy"]
-            pairs = here["preference_pairs"]
-            yield f"{step.name} moves preference accuracy by {100 * gain:+.1f} points over {before} (standard error {100 * error:.1f}, {pairs:,} held-out pairs)"
+            gain = paired_difference(pairs[before], pairs[step.name])
+            points, error = 100 * gain["difference"], 100 * gain["standard_error"]
+            yield f"{step.name} moves preference accuracy by {points:+.1f} points over {before} (paired standard error {error:.1f}, {gain['pairs']:,} held-out pairs)"
         if step.group == "quantize" and "perplexity" in here:
             made = metrics[step.name]
             change = 100 * (here["perplexity"] / there["perplexity"] - 1)

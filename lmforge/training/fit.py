@@ -40,6 +40,8 @@ def fit(recipe: Recipe, objective: Objective, model: Any, context: Context, save
     resumed = state.load(folder)
     lower(model, recipe)
     module = TrainingModule(recipe, objective, model, context.report, folder, resumed)
+    steps = range(resumed["step"] if resumed else 0, recipe.steps)
+    del resumed  # the module drops it once it is in the weights
     data = StepData(
         objective,
         objective.dataset("train"),
@@ -49,7 +51,6 @@ def fit(recipe: Recipe, objective: Objective, model: Any, context: Context, save
         rank=int(os.environ["RANK"]) if world > 1 else 0,
         world=world,
     )
-    steps = range(resumed["step"] if resumed else 0, recipe.steps)
     loader = DataLoader(data, batch_size=None, sampler=steps, pin_memory=torch.cuda.is_available())
     with _quiet():
         _run(_trainer(recipe, context, world), module, loader)
