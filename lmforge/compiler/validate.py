@@ -6,7 +6,9 @@ import itertools
 from collections.abc import Iterator
 
 from lmforge.errors import PlanError, Problem
-from lmforge.model.weights import max_positions, vocab_size
+from lmforge.model.fetch import FetchWeights
+from lmforge.model.source import local_folder, read_config
+from lmforge.model.weights import max_positions, vocab_size, weights
 from lmforge.plan import Plan
 from lmforge.stage.nodes import TrainingStage
 from lmforge.tokenizer.nodes import Tokenize
@@ -58,21 +60,18 @@ def vocabulary(plan: Plan) -> Iterator[Problem]:
 
 
 def same_shape(plan: Plan) -> Iterator[Problem]:
-    """Weights and a model typed beside them must be one architecture; the fetch step checks hub weights when they arrive."""
-    from pathlib import Path
-
-    from lmforge.formats.store import read_json
-
-    wanted = plan.experiment.model.config()
-    for named in plan.experiment.stages:
-        source = getattr(named.stage, "init_from", None)
-        if source is None or not (Path(source) / "config.json").is_file():
+    """Weights of a local folder and a model typed beside them must be one architecture; weights from the hub are checked when loaded."""
+    config = plan.experiment.model.config()
+    for step in plan.steps:
+        if not isinstance(step.spec, FetchWeights) or local_folder(step.spec.source) is None:
             continue
-        here = read_json(Path(source) / "config.json")
-        for key in ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size"):
-            if key in here and key in wanted and here[key] != wanted[key]:
-                yield Problem(f"stage.{named.name}.init_from", f"its config.json says {key}={here[key]}, the model says {wanted[key]}", "leave model out, the weights decide")
-                break
+        where = next((f"stage.{one.name}.init_from" for one in plan.experiment.stages if getattr(one.stage, "init_from", None)), "model.pretrained")
+        theirs = {one.name: (one.count, *one.shape) for one in weights(read_config(step.spec.source, None, where))}
+        ours = {one.name: (one.count, *one.shape) for one in weights(config)}
+        differing = next((name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)), None)
+        if differing:
+            what = f"its {differing} is {theirs.get(differing, 'not there')}, the model's {ours.get(differing, 'not there')}"
+            yield Problem(where, what, "leave model out, the weights decide")
 
 
 def devices(plan: Plan) -> Iterator[Problem]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lmforge.data import dialects
 from lmforge.data.files import Raw, read
-from lmforge.data.manifest import label
+from lmforge.formats.manifest import label
 from lmforge.data.split import Row, Splitter, key
 from lmforge.errors import DataError
 from lmforge.formats import corpus

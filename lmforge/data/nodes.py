@@ -63,7 +63,7 @@ class PyStdlib(Data):
             yield Problem(f"{where}.mutations", "empty", "name at least one kind, or set mutation_fraction=0")
 
     def content(self, cache: Path | None) -> str:
-        from lmforge.data.manifest import digest
+        from lmforge.formats.manifest import digest
 
         return digest(self._paths, cache)
 
@@ -73,7 +73,7 @@ class PyStdlib(Data):
 
     @property
     def _paths(self) -> list[Path]:
-        from lmforge.data.manifest import walk
+        from lmforge.formats.manifest import walk
 
         return walk(self._root, (".py",), self.exclude)
 
@@ -115,7 +115,7 @@ class Text(Data):
     @property
     def _paths(self) -> list[Path]:
         from lmforge.data.files import SUFFIXES
-        from lmforge.data.manifest import walk
+        from lmforge.formats.manifest import walk
 
         return walk(self._root, SUFFIXES)
 
@@ -126,7 +126,7 @@ class Text(Data):
         return peek(self._root, self._paths, self.txt_document_chars, self.text_field)
 
     def content(self, cache: Path | None) -> str:
-        from lmforge.data.manifest import digest
+        from lmforge.formats.manifest import digest
 
         return digest(self._paths, cache)
 
@@ -172,7 +172,7 @@ class HuggingFace(Data):
         return (self.view,)
 
     def content(self, cache: Path | None) -> str:
-        from lmforge.data.manifest import digest, walk
+        from lmforge.formats.manifest import digest, walk
         from lmforge.data.split import key
 
         return digest(walk(Path(self.name), ("",)), cache) if self._local else key(self.name, str(self.revision))

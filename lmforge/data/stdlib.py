@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmforge.data import manifest
+from lmforge.formats import manifest
 from lmforge.data.pairs import Pair, Rules, contrast, instruct
 from lmforge.data.split import heldout
 from lmforge.errors import DataError

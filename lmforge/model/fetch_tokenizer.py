@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lmforge.errors import CheckpointError
+from lmforge.formats.manifest import digest
 from lmforge.model.source import local_folder
 from lmforge.registry import Key, register
 from lmforge.step import Context, StepNode
@@ -23,8 +24,6 @@ class FetchTokenizer(StepNode):
 
     def content(self, cache: Path | None) -> str:
         """The tokenizer's files, or the hub id and commit."""
-        from lmforge.data.manifest import digest
-
         folder = local_folder(self.source)
         return digest(files(folder), cache) if folder else f"{self.source}@{self.revision or 'main'}"
 
@@ -35,7 +34,8 @@ class FetchTokenizer(StepNode):
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.source, revision=self.revision or "main", trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise CheckpointError(self.source, f"its tokenizer cannot be opened: {str(error).splitlines()[0][:120]}", "type model.tokenizer=bpe to train one") from error
+            what = f"its tokenizer cannot be opened: {str(error).splitlines()[0][:120]}"
+            raise CheckpointError(self.source, what, "type model.tokenizer=bpe to train one") from error
         tokenizer.save_pretrained(context.out)
         return {"entries": len(tokenizer)}
 

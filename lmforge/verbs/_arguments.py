@@ -36,7 +36,8 @@ def with_quickstart(overrides: list[str]) -> list[str]:
 def app_of(argv: Sequence[str]) -> tuple[App, argparse.Namespace]:
     """The application for a command line."""
     args = parse(argv)
-    return App(with_quickstart(args.overrides), args.config_dir), args
+    # Completion's own words (install=bash, query=bash) are not overrides.
+    return App([] if args.shell_completion else with_quickstart(args.overrides), args.config_dir), args
 
 
 def composed(argv: Sequence[str]) -> tuple[Composed, Experiment]:
@@ -56,7 +57,7 @@ def hydra_flags(app: App, args: argparse.Namespace) -> bool:
         elif args.info:
             hydra.show_info(args.info, CONFIG, app.overrides)
         elif args.shell_completion:
-            hydra.shell_completion(CONFIG, app.overrides)
+            hydra.shell_completion(CONFIG, args.overrides)
         else:
             return False
     return True

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from lmforge.data import manifest, stdlib
+from lmforge.data import stdlib
+        from lmforge.formats import manifest
 from lmforge.data.mutate import KINDS
 from lmforge.data.nodes import MUTATIONS, Data, PyStdlib
 from lmforge.data.pairs import Rules

@@ -230,7 +230,7 @@ def test_the_cache_is_used_and_a_broken_one_is_not_fatal(tmp_path: Path, data: M
     cache = tmp_path / "cache.json"
     jsonl(tmp_path / "a.jsonl", {"text": "one"})
     node = data("text", path=str(tmp_path / "a.jsonl"))
-    monkeypatch.setattr("lmforge.data.manifest.SETTLED_NS", -1)
+    monkeypatch.setattr("lmforge.formats.manifest.SETTLED_NS", -1)
     digest = node.content(cache)
     known = json.loads(cache.read_text())
     (entry,) = known.values()
