@@ -23,9 +23,13 @@ Problems = list[Problem]
 _MISSING = object()
 
 
-@functools.cache
-def keys(cls: type) -> dict[str, tuple[Any, Key]]:
+def keys(cls: Any) -> dict[str, tuple[Any, Key]]:
     """Every key of a dataclass with its annotation and what the schema says of it."""
+    return _keys(cls)
+
+
+@functools.cache
+def _keys(cls: Any) -> dict[str, tuple[Any, Key]]:
     hints = typing.get_type_hints(cls, include_extras=True)
     found = {}
     for field in dataclasses.fields(cls):

@@ -25,7 +25,9 @@ def render(plan: Plan, statuses: Mapping[str, Status]) -> str:
     """The plan as a tree: a step under the one whose weights (or data) it takes."""
     machine = plan.experiment.hardware.machine()
     done = sum(statuses[step.name].state == "done" for step in plan.steps)
-    head = f"{plan.experiment.name}: {len(plan.steps)} steps, {done} done; {machine.name}: {machine.devices} x {machine.accelerator}, {gib(machine.memory_bytes)}"
+    head = (
+        f"{plan.experiment.name}: {len(plan.steps)} steps, {done} done; {machine.name}: {machine.devices} x {machine.accelerator}, {gib(machine.memory_bytes)}"
+    )
     children: dict[str | None, list[Step]] = {}
     for step in plan.steps:
         children.setdefault(parent(step), []).append(step)

@@ -23,14 +23,10 @@ class Job:
         """Run in this process; returns the step's metrics."""
         out = self.folder / self.step.produces
         out.mkdir(parents=True, exist_ok=True)
-        return self.step.spec.run(
-            Context(step=self.step.name, folder=self.folder, out=out, inputs=self.inputs, placement=self.step.placement, report=report)
-        )
+        return self.step.spec.run(Context(step=self.step.name, folder=self.folder, out=out, inputs=self.inputs, placement=self.step.placement, report=report))
 
 
 def emit(plan: Plan, folders: Mapping[str, Path]) -> tuple[Job, ...]:
     """A job per step; `folders` maps a step's name to its folder. An artifact is the folder named by what its step produces."""
     made = {step.name: folders[step.name] / step.produces for step in plan.steps}
-    return tuple(
-        Job(step=step, folder=folders[step.name], inputs={one.kind: made[one.step] for one in step.inputs}) for step in plan.steps
-    )
+    return tuple(Job(step=step, folder=folders[step.name], inputs={one.kind: made[one.step] for one in step.inputs}) for step in plan.steps)

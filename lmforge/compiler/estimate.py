@@ -10,10 +10,10 @@ import dataclasses
 from lmforge.compiler.resolve import flops_per_token
 from lmforge.errors import PlanError
 from lmforge.hardware.nodes import Machine
-from lmforge.model.weights import ParamCount, Weight, count, weights
+from lmforge.model.families import Weight
+from lmforge.model.weights import ParamCount, count, weights
 from lmforge.parallel.nodes import Part
 from lmforge.plan import Cost, PeakBytes, Plan, Step
-from lmforge.precision.nodes import dtype_bytes
 from lmforge.stage.nodes import TrainingStage
 
 GIB = 2**30
@@ -33,7 +33,8 @@ def _costed(step: Step, params: ParamCount, parts: list[Weight]) -> Step:
             return step
         return dataclasses.replace(step, cost=Cost(params_total=params.total, params_active=params.active))
     stage = step.spec
-    assert stage.budget.steps is not None and stage.seq_len is not None
+    assert stage.budget.steps is not None
+    assert stage.seq_len is not None
     tokens = stage.budget.steps * (stage.optimizer.global_batch_tokens or 0)
     cost = Cost(
         params_total=params.total,
@@ -48,7 +49,7 @@ def _costed(step: Step, params: ParamCount, parts: list[Weight]) -> Step:
 
 def _static(step: Step, stage: TrainingStage, params: ParamCount, parts: list[Weight]) -> PeakBytes:
     """Bytes on one device, sharded as the parallel option says; each shard is rounded up."""
-    devices, width = step.placement.devices, dtype_bytes(stage.precision.param_dtype)
+    devices, width = step.placement.devices, stage.precision.param_bytes
     states = sum(stage.optimizer.state_bytes(one.shape, one.name) * one.count for one in parts)
     amounts: dict[Part, int] = {"params": params.total * width, "grads": params.total * width, "optimizer": states}
     here = {part: 0 if stage.parallel.offloads(part) else -(-amount // stage.parallel.shard_degree(part, devices)) for part, amount in amounts.items()}
@@ -64,6 +65,7 @@ def _fits(step: Step, machine: Machine) -> Step:
     parts = ", ".join(f"{name} {(getattr(peak, name) or 0) / GIB:.1f}" for name in ("params", "grads", "optimizer"))
     raise PlanError(
         step.name,
-        f"needs {need / GIB:.1f} GiB on each of {step.placement.devices} device(s) before activations ({parts}), and {machine.name} has {room / GIB:.1f} GiB for each",
+        f"needs {need / GIB:.1f} GiB on each of {step.placement.devices} device(s) before activations ({parts}), "
+        f"and {machine.name} has {room / GIB:.1f} GiB for each",
         "type a smaller model=, parallel=fsdp over more devices, or plan for another hardware= (list hardware)",
     )

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from lmforge.codec import decode, keys
 from lmforge.data.nodes import Data
 from lmforge.errors import PlanError, Problem
 from lmforge.experiment import Experiment, NamedStage
@@ -22,7 +23,7 @@ from lmforge.plan import Artifact, Plan, Step
 from lmforge.registry import types
 from lmforge.stage.nodes import Stage, TrainingStage
 from lmforge.step import StepNode
-from lmforge.tokenizer.nodes import Tokenize
+from lmforge.tokenizer.nodes import BPE, Tokenize
 
 
 def expand(plan: Plan) -> Plan:
@@ -96,7 +97,7 @@ class _Expansion:
         if base in self.scope:
             return self.scope[base]
         for cls in types("step").values():
-            if issubclass(cls, StepNode) and cls.produces == base and not dataclasses.fields(cls):
+            if issubclass(cls, StepNode) and cls.produces == base and not keys(cls):
                 inputs = tuple(self.need(one, named, data, seq_len) for one in cls.consumes)
                 return self.add(f"{named.name}.{base}", cls(), inputs)
         raise PlanError.of([self.missing(kind, named)])
@@ -124,19 +125,21 @@ class _Expansion:
             return self.scope["tokenizer"]
         node = self.experiment.model.tokenizer
         if node.trains:
-            if getattr(node, "vocab_size", 0) is None:
+            if isinstance(node, BPE) and node.vocab_size is None:
                 node = dataclasses.replace(node, vocab_size=vocab_size(self.config))
             self.scope["tokenizer"] = self.add("tokenizer", node, (self.corpus("", data, seq_len),))
         else:
             source = self.experiment.model.pretrained
             if source is None:
-                raise PlanError("model.tokenizer", "'own' takes the tokenizer of the weights, and the model names none", "type model.tokenizer=bpe to train one")
+                what = "'own' takes the tokenizer of the weights, and the model names none"
+                raise PlanError("model.tokenizer", what, "type model.tokenizer=bpe to train one")
             self.scope["tokenizer"] = self.add("tokenizer", FetchTokenizer(source=source, revision=self.experiment.model.revision), ())
         return self.scope["tokenizer"]
 
     def tokens(self, view: str, data: Data, seq_len: int) -> Artifact:
         # Text documents are never cut: whatever a stage's sequence length, they are one step of the model's.
-        spec = Tokenize(view=view, seq_len=max_positions(self.config) if view == "text" else seq_len, vocab_size=vocab_size(self.config))
+        longest = max_positions(self.config) if view == "text" else seq_len
+        spec = decode(Tokenize, {"type": Tokenize.type, "view": view, "seq_len": longest, "vocab_size": vocab_size(self.config)}, f"tokens.{view}")
         inputs = (self.corpus("", data, seq_len), dataclasses.replace(self.tokenizer("", data, seq_len), kind="tokenizer"))
         return self.add(f"tokens.{view}", spec, inputs)
 

@@ -50,8 +50,10 @@ def _training(step: Step, stage: TrainingStage, config: dict[str, Any]) -> Step:
     budget, line = _steps(stage.budget, batch, flops_per_token(count(config), seq_len), count(config).total)
     optimizer = dataclasses.replace(stage.optimizer, global_batch_tokens=batch)
     spec = dataclasses.replace(stage, optimizer=optimizer, budget=budget)
-    rows = f"{batch:,} tokens a step = {batch // stage.row_tokens:,} rows x {stage.sequences_per_row} x {seq_len:,}" if stage.sequences_per_row > 1 else (
-        f"{batch:,} tokens a step = {batch // stage.row_tokens:,} rows x {seq_len:,}"
+    rows = (
+        f"{batch:,} tokens a step = {batch // stage.row_tokens:,} rows x {stage.sequences_per_row} x {seq_len:,}"
+        if stage.sequences_per_row > 1
+        else (f"{batch:,} tokens a step = {batch // stage.row_tokens:,} rows x {seq_len:,}")
     )
     return dataclasses.replace(step, spec=spec, arithmetic=(*arithmetic, rows, line))
 

@@ -37,7 +37,8 @@ def views(plan: Plan) -> Iterator[Problem]:
         data = getattr(named.stage, "data", None)
         if data is not None and named.stage.view and named.stage.view not in data.views:
             offers = ", ".join(data.views) or "nothing readable"
-            yield Problem(f"stage.{named.name}.data", f"{data.type} offers {offers}, not the {named.stage.view} view that {named.name} reads", f"type stage.{named.name}.data=<an option with a {named.stage.view} view>")
+            what = f"{data.type} offers {offers}, not the {named.stage.view} view that {named.name} reads"
+            yield Problem(f"stage.{named.name}.data", what, f"type stage.{named.name}.data=<an option with a {named.stage.view} view>")
 
 
 def context(plan: Plan) -> Iterator[Problem]:
@@ -54,9 +55,8 @@ def vocabulary(plan: Plan) -> Iterator[Problem]:
     known = vocab_size(plan.experiment.model.config())
     wanted = getattr(plan.experiment.model.tokenizer, "vocab_size", None)
     if wanted is not None and wanted > known and any(isinstance(step.spec, Tokenize) for step in plan.steps):
-        yield Problem(
-            "model.tokenizer.vocab_size", f"a tokenizer of {wanted:,} entries is bigger than the model's vocabulary of {known:,}", f"type at most {known}, or model.vocab_size={wanted}"
-        )
+        what = f"a tokenizer of {wanted:,} entries is bigger than the model's vocabulary of {known:,}"
+        yield Problem("model.tokenizer.vocab_size", what, f"type at most {known}, or model.vocab_size={wanted}")
 
 
 def same_shape(plan: Plan) -> Iterator[Problem]:

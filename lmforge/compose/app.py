@@ -124,7 +124,7 @@ class App:
         """One config, for one run."""
         with self.hydra() as hydra:
             config = hydra.compose_config(CONFIG, self.overrides, run_mode=RunMode.RUN, with_log_configuration=False)
-            own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+            own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
             return _composed(own, config.hydra, self.typed, self.catalog)
 
     def multirun(self, task: Callable[[DictConfig], Any]) -> Any:
@@ -144,7 +144,7 @@ def of_job(config: DictConfig) -> Composed:
         return _composed(config, hydra, tuple(Typed.of_hydra(one) for one in hydra.overrides.task), Catalog(tuple(folders)))
 
 
-def _composed(own: DictConfig, hydra: DictConfig, typed: tuple[Typed, ...], catalog: Catalog) -> Composed:
+def _composed(own: DictConfig, hydra: Any, typed: tuple[Typed, ...], catalog: Catalog) -> Composed:
     """Plain data, interpolations resolved."""
     close_resolvers()
     plain: Any = OmegaConf.to_container(own, resolve=True)

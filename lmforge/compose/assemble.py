@@ -99,7 +99,9 @@ class _Assembly:
         if isinstance(tree, Mapping):
             for key, inner in tree.items():
                 if str(key).startswith("_") and str(key).endswith("_"):
-                    self.problems.append(Problem(f"{where}{key}", "config is data and nothing it names is imported", "choose an option, or install a plugin package"))
+                    self.problems.append(
+                        Problem(f"{where}{key}", "config is data and nothing it names is imported", "choose an option, or install a plugin package")
+                    )
                 self.targets(inner, f"{where}{key}.")
 
     def stage(self, name: str, raw: dict[str, Any]) -> Any:
@@ -156,5 +158,7 @@ class _Assembly:
 def _groups(cls: type) -> dict[str, type[Node]]:
     """Fields of a stage that are root groups: field -> base class of the group."""
     return {
-        name: hint for name, (hint, _) in keys(cls).items() if isinstance(hint, type) and issubclass(hint, Node) and hint.group and typing.get_origin(hint) is None
+        name: hint
+        for name, (hint, _) in keys(cls).items()
+        if isinstance(hint, type) and issubclass(hint, Node) and hint.group and typing.get_origin(hint) is None
     }

@@ -1,8 +1,8 @@
 """What was typed, made into what Hydra takes: options by dotted path, no `+` ever needed, near misses named.
 
-    optimizer.schedule=wsd        ->  optimizer/schedule=wsd
-    stage.dpo.optimizer=muon      ->  +optimizer@stage.dpo.optimizer=muon
-    stage.dpo.optimizer.lr=1e-6   ->  ++stage.dpo.optimizer.lr=1e-6     (the strict decode judges the key)
+optimizer.schedule=wsd        ->  optimizer/schedule=wsd
+stage.dpo.optimizer=muon      ->  +optimizer@stage.dpo.optimizer=muon
+stage.dpo.optimizer.lr=1e-6   ->  ++stage.dpo.optimizer.lr=1e-6     (the strict decode judges the key)
 """
 
 from __future__ import annotations
@@ -48,7 +48,11 @@ def translate(texts: Iterable[str], catalog: Catalog) -> list[Typed]:
             override = OverridesParser.create().parse_override(text)
             typed.append(_one(text, override, catalog, problems))
         except HydraException as error:
-            problems.append(Problem(text, f"not an override: {str(error).splitlines()[0][:120]}", "write key=value, and quote it for the shell where it has spaces or brackets"))
+            problems.append(
+                Problem(
+                    text, f"not an override: {str(error).splitlines()[0][:120]}", "write key=value, and quote it for the shell where it has spaces or brackets"
+                )
+            )
     if problems:
         raise ConfigError.of(problems)
     return typed
@@ -69,7 +73,7 @@ def _one(text: str, override: Override, catalog: Catalog, problems: list[Problem
         return Typed(key.replace("/", "."), f"{path}={value}", True)
     first, _, rest = key.partition(".")
     if first in PACKAGED and rest:
-        name, _, inner = rest.partition(".")
+        _name, _, inner = rest.partition(".")
         group = inner.replace(".", "/")
         if group in catalog.options and not isinstance(override.value(), dict):
             problems.extend(_choices(group, override, catalog))
@@ -102,9 +106,7 @@ def _choices(group: str, override: Override, catalog: Catalog) -> Iterator[Probl
                 yield Problem(group.replace("/", "."), f"unknown option {option!r}", did_you_mean(option, known))
         twice = next((option for option in options if options.count(option) > 1), None)
         if twice is not None:
-            yield Problem(
-                group, f"{twice!r} is there twice", f"give the second a name of its own in an experiment file: '- /{group}@{group}.again: {twice}'"
-            )
+            yield Problem(group, f"{twice!r} is there twice", f"give the second a name of its own in an experiment file: '- /{group}@{group}.again: {twice}'")
 
 
 def _flat(value: Any) -> list[Any]:

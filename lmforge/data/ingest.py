@@ -8,10 +8,10 @@ from pathlib import Path
 
 from lmforge.data import dialects
 from lmforge.data.files import Raw, read
-from lmforge.formats.manifest import label
 from lmforge.data.split import Row, Splitter, key
 from lmforge.errors import DataError
 from lmforge.formats import corpus
+from lmforge.formats.manifest import label
 
 PEEK_ROWS, PEEK_FILES = 16, 64
 PROGRESS_ROWS = 1000

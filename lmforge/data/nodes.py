@@ -172,8 +172,8 @@ class HuggingFace(Data):
         return (self.view,)
 
     def content(self, cache: Path | None) -> str:
-        from lmforge.formats.manifest import digest, walk
         from lmforge.data.split import key
+        from lmforge.formats.manifest import digest, walk
 
         return digest(walk(Path(self.name), ("",)), cache) if self._local else key(self.name, str(self.revision))
 

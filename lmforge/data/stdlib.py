@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmforge.formats import manifest
 from lmforge.data.pairs import Pair, Rules, contrast, instruct
 from lmforge.data.split import heldout
 from lmforge.errors import DataError
-from lmforge.formats import corpus
+from lmforge.formats import corpus, manifest
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,9 @@ def find(reference: str, output: str | Path) -> Path:
             return path
     named = [folder for root in (runs(output), steps(output)) if root.is_dir() for folder in sorted(root.iterdir()) if folder.name == reference]
     if not named and DIGEST.fullmatch(reference) and steps(output).is_dir():
-        named = [folder for folder in sorted(steps(output).iterdir()) if folder.name.rpartition("-")[2].startswith(reference) and (folder / STEP_FILE).is_file()]
+        named = [
+            folder for folder in sorted(steps(output).iterdir()) if folder.name.rpartition("-")[2].startswith(reference) and (folder / STEP_FILE).is_file()
+        ]
     if len(named) == 1:
         return named[0]
     if named:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from lmforge.errors import Problem
-from lmforge.registry import Key, Node, register
+from lmforge.registry import Key, Node, node, register
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -18,15 +18,11 @@ def dtype_bytes(name: str) -> int:
     return _BYTES[name]
 
 
+@node
 class Precision(Node):
     """What weights are kept in, what matrices are multiplied in, and what gradients are summed in."""
 
     group = "precision"
-
-
-@register("precision", "mixed")
-class Mixed(Precision):
-    """Mixed precision training (Micikevicius et al. 2018): weights in one dtype, matrix products in another under autocast."""
 
     param_dtype: Annotated[Literal["float32", "bfloat16"], Key("dtype that weights and gradients are kept in")]
     compute_dtype: Annotated[Dtype, Key("dtype of matrix products; autocast where it is not param_dtype")]
@@ -55,3 +51,8 @@ class Mixed(Precision):
             yield Problem(f"{where}.loss_scale", what, f"type {where}.loss_scale=null")
         elif self.loss_scale is not None and self.loss_scale.as_integer_ratio()[0].bit_count() != 1:
             yield Problem(f"{where}.loss_scale", f"{self.loss_scale:g} is not a power of two, so scaling would round", f"type {where}.loss_scale=65536")
+
+
+@register("precision", "mixed")
+class Mixed(Precision):
+    """Mixed precision training (Micikevicius et al. 2018): weights in one dtype, matrix products in another under autocast."""

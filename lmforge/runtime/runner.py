@@ -72,7 +72,9 @@ def _ensure(job: Job, plan: Plan, workspace: Workspace, console: Console) -> lis
         except OSError as error:
             if error.errno is None or (error.filename is None and error.errno not in (28, 30, 122)):
                 raise
-            raise RunError(step.name, f"{error.strerror}: {error.filename or workspace.output}", "make room or mend the folder and type the same again") from error
+            raise RunError(
+                step.name, f"{error.strerror}: {error.filename or workspace.output}", "make room or mend the folder and type the same again"
+            ) from error
 
 
 def _run(job: Job, plan: Plan, workspace: Workspace, console: Console) -> list[tuple[str, str]]:
@@ -130,5 +132,3 @@ def interrupted(console: Console) -> int:
     """What Ctrl-C says; 130 as shells have it."""
     console.print("stopped; what is done is kept: type the same again to go on", highlight=False)
     return 130
-
-

@@ -117,7 +117,8 @@ def deltas(plan: Plan, rows: Sequence[tuple[str, Mapping[str, Any]]], metrics: M
         if step.stage == "dpo" and "preference_accuracy" in here:
             gain = paired_difference(pairs[before], pairs[step.name])
             points, error = 100 * gain["difference"], 100 * gain["standard_error"]
-            yield f"{step.name} moves preference accuracy by {points:+.1f} points over {before} (paired standard error {error:.1f}, {gain['pairs']:,} held-out pairs)"
+            over = f"over {before} (paired standard error {error:.1f}, {gain['pairs']:,} held-out pairs)"
+            yield f"{step.name} moves preference accuracy by {points:+.1f} points {over}"
         if step.group == "quantize" and "perplexity" in here:
             made = metrics[step.name]
             change = 100 * (here["perplexity"] / there["perplexity"] - 1)

@@ -47,7 +47,9 @@ def starting_weights(stage: TrainingStage, context: Context) -> PreTrainedModel:
 def recipe(stage: TrainingStage) -> Recipe:
     """What `fit` is told of a resolved stage."""
     batch = stage.optimizer.global_batch_tokens
-    assert stage.budget.steps is not None and stage.seq_len is not None and batch is not None
+    assert stage.budget.steps is not None
+    assert stage.seq_len is not None
+    assert batch is not None
     return Recipe(
         steps=stage.budget.steps,
         rows_per_step=batch // stage.row_tokens,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import os
+from collections.abc import MutableMapping, Sequence
 
 from hydra._internal.utils import get_args_parser
 
@@ -57,7 +58,15 @@ def hydra_flags(app: App, args: argparse.Namespace) -> bool:
         elif args.info:
             hydra.show_info(args.info, CONFIG, app.overrides)
         elif args.shell_completion:
+            without_verb(os.environ)
             hydra.shell_completion(CONFIG, args.overrides)
         else:
             return False
     return True
+
+
+def without_verb(environment: MutableMapping[str, str]) -> None:
+    """Take the verb out of the line being completed: Hydra's completion knows overrides only."""
+    words = environment.get("COMP_LINE", "").split(" ")
+    if len(words) > 2 and "=" not in words[1] and not words[1].startswith("-"):
+        environment["COMP_LINE"] = " ".join([words[0], *words[2:]])

@@ -53,7 +53,7 @@ def column(folder: Path) -> dict[str, dict[str, Any]]:
     """The keys and the metrics of a run, or of a single step."""
     if (folder / store.RUN_FILE).is_file():
         plan = store.read_json(folder / "plan.json")
-        keys = {step["name"]: {key: value for key, value in step["spec"].items()} for step in plan["steps"]}
+        keys = {step["name"]: step["spec"] for step in plan["steps"]}
         keys["model"] = plan["experiment"]["model"]
         return {"keys": flatten(keys), "metrics": flatten(store.read_json(folder / store.RUN_FILE)["metrics"])}
     record = store.read_json(folder / store.STEP_FILE)

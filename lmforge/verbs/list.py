@@ -96,9 +96,14 @@ def describe(cls: type, values: Any, prefix: str) -> Iterator[tuple[str, str, st
             chosen = types(inner.group).get(str(value.get("type"))) if isinstance(value, dict) and value.get("type") else None
             if chosen is None:
                 changed = ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else ""
-                yield f"{prefix}.{name}", f"{{{changed}}}" if changed else "(the root's)", inner.group, key.meaning or f"the root's {inner.group}, changed by what is here"
+                yield (
+                    f"{prefix}.{name}",
+                    f"{{{changed}}}" if changed else "(the root's)",
+                    inner.group,
+                    key.meaning or f"the root's {inner.group}, changed by what is here",
+                )
                 continue
-            yield f"{prefix}.{name}", str(value["type"]), inner.group, key.meaning
+            yield f"{prefix}.{name}", str(chosen.type), inner.group, key.meaning
             yield from describe(chosen, value, f"{prefix}.{name}")
         elif inner is not None:
             yield f"{prefix}.{name}", "", "", key.meaning

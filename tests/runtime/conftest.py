@@ -33,7 +33,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     library = Path(sysconfig.get_path("stdlib"))
     sources = [(library / f"{name}.py") if (library / f"{name}.py").is_file() else library / name / "__init__.py" for name in MODULES]
     texts = [source.read_text(encoding="utf-8") for source in sources]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text[start : start + 4000]}) + "\n" for text in texts for start in range(0, len(text), 4000)))
+    (folder / "text.jsonl").write_text(
+        "".join(json.dumps({"text": text[start : start + 4000]}) + "\n" for text in texts for start in range(0, len(text), 4000))
+    )
     lines = [line.strip() for text in texts for line in text.splitlines() if 20 < len(line.strip()) < 50][:400]
     pairs = list(zip(lines[0::2], lines[1::2], strict=True))
     chats = [{"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]} for ask, answer in pairs]

@@ -16,7 +16,14 @@ def test_four_points_share_one_data_step_and_compare_shows_them_all(corpus: Path
     fixed = [word for word in SWEEP if word not in SMALL]
     lmforge("-m", *axes, *small, *fixed, *FEW, "data=text", f"data.path={corpus}", cwd=tmp_path)
     made = [folder.name.rpartition("-")[0] for folder in (tmp_path / "outputs/steps").iterdir() if (folder / "step.json").is_file()]
-    assert {name: made.count(name) for name in set(made)} == {"data": 1, "tokenizer": 1, "tokens.text": 1, "tokens.preference": 1, "pretrain": 4, "eval.pretrain": 4}
+    assert {name: made.count(name) for name in set(made)} == {
+        "data": 1,
+        "tokenizer": 1,
+        "tokens.text": 1,
+        "tokens.preference": 1,
+        "pretrain": 4,
+        "eval.pretrain": 4,
+    }
     shown = json.loads(lmforge("compare", "--json", cwd=tmp_path).stdout)
     assert len(shown["runs"]) == 4
     assert sorted(shown["keys"]["pretrain.optimizer.lr"].values()) == [0.001, 0.001, 0.003, 0.003]
@@ -25,7 +32,17 @@ def test_four_points_share_one_data_step_and_compare_shows_them_all(corpus: Path
 
 
 def test_joblib_runs_points_side_by_side_and_a_bad_point_does_not_end_the_others(corpus: Path, lmforge: Run, tmp_path: Path) -> None:
-    words = ("-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "optimizer.lr=1e-3,-1", *SWEEP, "data=text", f"data.path={corpus}", "eval=none", "track=none")
+    words = (
+        "-m",
+        "hydra/launcher=joblib",
+        "hydra.launcher.n_jobs=2",
+        "optimizer.lr=1e-3,-1",
+        *SWEEP,
+        "data=text",
+        f"data.path={corpus}",
+        "eval=none",
+        "track=none",
+    )
     done = lmforge(*words, cwd=tmp_path, check=2)
     assert "optimizer.lr: -1 must be > 0" in done.stderr.replace("-1.0", "-1")
     assert "1 points of the sweep failed" in done.stderr
@@ -48,4 +65,6 @@ def test_hydra_flags(lmforge: Run, tmp_path: Path) -> None:
     assert "hidden_size: " in lmforge("--cfg", "job", "stage=pretrain", cwd=tmp_path).stdout
     assert "stage/pretrain" in lmforge("--info", "defaults", "stage=pretrain", cwd=tmp_path).stdout
     assert "complete " in lmforge("--shell-completion", "install=bash", cwd=tmp_path).stdout
+    offered = lmforge("--shell-completion", "query=bash", cwd=tmp_path, COMP_LINE="lmforge plan stage=").stdout.split()
+    assert {"stage=pretrain", "stage=sft", "stage=dpo"} <= set(offered)
     assert not list(tmp_path.iterdir())
