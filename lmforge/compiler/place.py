@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from lmforge.errors import PlanError
+from lmforge.model.weights import nearest_divisors
 from lmforge.plan import Plan, Step
 from lmforge.stage.nodes import TrainingStage
 from lmforge.step import Placement
@@ -34,7 +35,7 @@ def _placed(step: Step, available: int) -> Step:
     each = rows // ranks
     micro = parallel.micro_batch_size or largest_divisor(each, MICRO_BATCH_TOKENS // stage.row_tokens)
     if each % micro:
-        raise PlanError(f"{where}.parallel.micro_batch_size", f"{micro} does not divide the {each} rows a device has", f"type one of {divisors(each)}")
+        raise PlanError(f"{where}.parallel.micro_batch_size", f"{micro} does not divide the {each} rows a device has", f"type {nearest_divisors(each, micro)}")
     line = f"{rows} rows = {ranks} devices x {micro} rows x {each // micro} accumulated"
     placement = Placement(devices=devices, mesh=mesh, micro_batch_size=micro, accumulation=each // micro)
     return dataclasses.replace(step, placement=placement, arithmetic=(*step.arithmetic, line))
@@ -42,9 +43,4 @@ def _placed(step: Step, available: int) -> Step:
 
 def largest_divisor(number: int, limit: int) -> int:
     """The largest divisor of `number` that is at most `limit`, and at least 1."""
-    return max(one for one in range(1, number + 1) if number % one == 0 and (one <= limit or one == 1))
-
-
-def divisors(number: int) -> str:
-    """All divisors, as text."""
-    return ", ".join(str(one) for one in range(1, number + 1) if number % one == 0)
+    return next((one for one in range(min(number, limit), 0, -1) if number % one == 0), 1)

@@ -41,6 +41,14 @@ def views(plan: Plan) -> Iterator[Problem]:
             yield Problem(f"stage.{named.name}.data", what, f"type stage.{named.name}.data=<an option with a {named.stage.view} view>")
 
 
+def one_model(plan: Plan) -> Iterator[Problem]:
+    """Every stage changes the same weights, so a stage cannot have a model of its own."""
+    for named in plan.experiment.stages:
+        model = getattr(named.stage, "model", None)
+        if model is not None and model != plan.experiment.model:
+            yield Problem(f"stage.{named.name}.model", "a pipeline has one model", "give these keys to the root: model=..., model.<key>=...")
+
+
 def context(plan: Plan) -> Iterator[Problem]:
     """A sequence cannot be longer than the model's positions."""
     longest = max_positions(plan.experiment.model.config())
@@ -87,4 +95,4 @@ def devices(plan: Plan) -> Iterator[Problem]:
             )
 
 
-RULES = (order, views, context, vocabulary, same_shape, devices)
+RULES = (order, views, one_model, context, vocabulary, same_shape, devices)

@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lmforge.compose.catalog import Catalog
+from lmforge.compose.messages import problem
 from lmforge.compose.overrides import Typed, translate
 from lmforge.errors import ConfigError
 
@@ -157,6 +158,5 @@ def readable_errors() -> Iterator[None]:
     """Hydra's, OmegaConf's and YAML's errors as one line of ours."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ConfigError("conf", " ".join(lines[:2])[:240] or type(error).__name__, "see 'python -m lmforge list'") from error
+    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError.of([problem(error)]) from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lmforge.codec import decode, keys
@@ -12,9 +14,10 @@ from lmforge.compose.app import Composed
 from lmforge.errors import ConfigError, Problem, did_you_mean
 from lmforge.experiment import Experiment, NamedStage
 from lmforge.formats.store import checkpoint_of
+from lmforge.model.source import read_config
 from lmforge.registry import Node, lookup, types
 
-STAGES_ORDER = "the stages run in the order typed"
+NAME = re.compile(r"\w[\w.-]*")  # a run's folder is called by it, so it may lead nowhere else
 
 
 def experiment(composed: Composed) -> Experiment:
@@ -49,6 +52,10 @@ class _Assembly:
         stages = [self.stage(name, raw) for name, raw in raw_stages.items()]
         values["name"] = self.decode(str, self.config.get("name") or self.composed.choices.get("experiment") or "-".join(raw_stages), "name")
         values["output"] = self.decode(str, self.config.get("output"), "output")
+        if self.config.get("name") == "" or (isinstance(values["name"], str) and not NAME.fullmatch(values["name"])):
+            self.problems.append(Problem("name", f"{self.config['name']!r} cannot name a folder", "use letters, digits, '.', '_' and '-'"))
+        if values["output"] == "":
+            self.problems.append(Problem("output", "is empty", "type output=<folder>; output=. is this one"))
         if not self.problems:
             self.shadowed(raw_stages)
         if self.problems:
@@ -75,24 +82,26 @@ class _Assembly:
                 continue
             if layers.command_line(self.composed, f"stage.{name}") or not any(layers.has(tree, f"stage.{name}") for tree in layers.experiments(self.composed)):
                 here = ", ".join(key for key, one in every.items() if isinstance(one, Mapping) and "type" in one)
-                self.problems.append(Problem(f"stage.{name}", f"no stage {name!r} in this run ({here})", did_you_mean(str(name), types("stage"))))
+                instead = "add it to stage=, or leave its keys out" if name in types("stage") else did_you_mean(str(name), types("stage"))
+                self.problems.append(Problem(f"stage.{name}", f"no stage {name!r} in this run ({here})", instead))
         if not chosen:
             self.problems.append(Problem("stage", "no stage is chosen", f"choose from {', '.join(types('stage'))}"))
         return chosen
 
     def start_from_weights(self, raw_stages: Mapping[str, dict[str, Any]]) -> None:
-        """`init_from` on the first stage names the model too, unless the user names one."""
-        first = next(iter(raw_stages.values()), {})
-        source = first.get("init_from")
-        if not isinstance(source, str):
-            return
-        try:
-            folder = checkpoint_of(source, str(self.config.get("output")))
-        except ConfigError as error:
-            self.problems.extend(Problem(f"stage.{next(iter(raw_stages))}.init_from", one.what, one.instead) for one in error.problems)
-            return
-        first["init_from"] = folder
-        if not any(one.key.split(".")[0] == "model" for one in self.composed.typed):
+        """Find the folder that each `init_from` means; on the first stage it names the model too, unless the user names one."""
+        for name, raw in raw_stages.items():
+            if not isinstance(raw.get("init_from"), str):
+                continue
+            try:
+                raw["init_from"] = checkpoint_of(raw["init_from"], str(self.config.get("output")))
+                if Path(raw["init_from"]).is_dir():
+                    read_config(raw["init_from"], None, "")
+            except ConfigError as error:
+                self.problems.extend(Problem(f"stage.{name}.init_from", one.what, one.instead) for one in error.problems)
+                raw["init_from"] = None
+        folder = next(iter(raw_stages.values()), {}).get("init_from")
+        if folder is not None and not any(one.key.split(".")[0] == "model" for one in self.composed.typed):
             self.config["model"] = {"type": "hf", "pretrained": folder, "revision": None, "tokenizer": {"type": "own"}}
 
     def targets(self, tree: Any, where: str) -> None:
@@ -150,7 +159,7 @@ class _Assembly:
                 continue
             if not takers:
                 self.problems.append(Problem(one.key, f"no stage of this plan ({', '.join(raw_stages)}) reads it", "leave it out"))
-            elif all(any(layers.shadows(before[name], one.key)) for name in takers):
+            elif all(layers.shadows(before[name], one.key) for name in takers):
                 instead = " ".join(f"stage.{name}.{one.key}=..." for name in takers)
                 self.problems.append(Problem(one.key, "every stage of this plan has its own value, so this changes nothing", f"type {instead}"))
 

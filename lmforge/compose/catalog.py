@@ -29,6 +29,7 @@ class Catalog:
     """Folders of YAML options, nearest first."""
 
     folders: tuple[Path, ...]
+    user: Path | None = None  # the one of `--config-dir`
 
     @classmethod
     def of(cls, config_dir: str | None = None) -> Catalog:
@@ -42,7 +43,12 @@ class Catalog:
             if not Path(config_dir).is_dir():
                 raise ConfigError("--config-dir", f"no such folder: {config_dir!r}", "give a folder that holds model/, data/, ... with YAML options")
             folders.insert(0, Path(config_dir).resolve())
-        return cls(tuple(folders))
+        return cls(tuple(folders), folders[0] if config_dir is not None else None)
+
+    @functools.cached_property
+    def groups(self) -> set[str]:
+        """The groups there are: a user's folder adds options to them, never a group that nothing reads."""
+        return {file.relative_to(folder).parts[0] for folder in self.folders if folder != self.user for file in folder.rglob("*/*.yaml")}
 
     @functools.cached_property
     def options(self) -> dict[str, dict[str, Path]]:
@@ -51,7 +57,7 @@ class Catalog:
         for folder in self.folders:
             for file in sorted(folder.rglob("*.yaml")):
                 group = file.parent.relative_to(folder).as_posix()
-                if group != ".":
+                if group != "." and file.is_file():
                     found.setdefault(group, {}).setdefault(file.stem, file)
         return found
 
@@ -65,10 +71,10 @@ class Catalog:
         for folder in self.folders:
             if folder in (_own("conf"), _own("sweeps")):
                 continue
-            for file in sorted(folder.rglob("*.yaml")):
+            for file in sorted(one for one in folder.rglob("*.yaml") if one.is_file()):
                 try:
                     _check_yaml(file)
-                except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+                except (yaml.YAMLError, OSError, ValueError) as error:
                     yield Problem(str(file), f"not a readable option file: {' '.join(str(error).split())[:160]}", "mend the YAML")
 
 

@@ -6,7 +6,7 @@ higher layer, a stage's own changes win over an option chosen for it, and an ove
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lmforge.compose.app import Composed
@@ -61,7 +61,7 @@ def stage_yaml(composed: Composed, type_: str) -> Tree:
 
 def command_line(composed: Composed, prefix: str) -> set[str]:
     """Dotted keys typed below `prefix`, relative to it."""
-    return {one.key[len(prefix) + 1 :] for one in composed.typed if one.key.startswith(prefix + ".")}
+    return {key[len(prefix) + 1 :] for one in composed.typed for key in one.keys if key.startswith(prefix + ".")}
 
 
 def chosen_keys(composed: Composed, path: str, value: Mapping[str, Any]) -> list[str]:
@@ -82,10 +82,12 @@ def exactly_one(composed: Composed, path: str, value: Mapping[str, Any]) -> Tree
     return {key: (inner if key in kept else None) for key, inner in value.items()}
 
 
-def shadows(stage: Mapping[str, Any], key: str) -> Iterator[str]:
-    """Yields the path in a stage's own keys that hides a root key."""
-    group = key.partition(".")[0]
-    if has(stage, key):
-        yield key
-    elif isinstance(stage.get(group), Mapping) and "type" in stage[group]:
-        yield group
+def shadows(stage: Mapping[str, Any], key: str) -> bool:
+    """Does a stage have its own value for a root key: the very key, or an option of its own that holds it?"""
+    parts = key.split(".")
+    for depth in range(1, len(parts)):
+        holder = dig(stage, ".".join(parts[:depth]))
+        if isinstance(holder, Mapping) and "type" in holder:
+            return True
+    own = dig(stage, key)
+    return has(stage, key) and not (isinstance(own, Mapping) and "type" not in own)

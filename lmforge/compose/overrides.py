@@ -30,13 +30,20 @@ class Typed:
     key: str
     hydra: str
     is_choice: bool
+    inner: tuple[str, ...] = ()  # keys of a mapping typed as the value
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The dotted keys it sets."""
+        return (self.key, *(f"{self.key}.{name}" for name in self.inner))
 
     @classmethod
     def of_hydra(cls, text: str) -> Typed:
         """The override again from what Hydra was given, as a sweep's job knows it."""
         head = text.lstrip("+~").partition("=")[0]
         group, _, package = head.partition("@")
-        return cls((package or group).replace("/", "."), text, "++" not in text[:2])
+        override = OverridesParser.create().parse_override(text)
+        return cls((package or group).replace("/", "."), text, "++" not in text[:2], _inner(override))
 
 
 def translate(texts: Iterable[str], catalog: Catalog) -> list[Typed]:
@@ -64,22 +71,34 @@ def _one(text: str, override: Override, catalog: Catalog, problems: list[Problem
         problems.extend(_hydra_sweep(override))
         return Typed(key, text, "/" in key)
     if override.package is not None or override.is_delete():
+        problems.extend(_known_root(key.replace("/", ".").partition(".")[0], override, catalog))
         return Typed(f"{override.package or key}", text, True)
     path = key.replace(".", "/")
     if "_target_" in key.split("."):
         problems.append(Problem(key, "config is data and nothing it names is imported", "choose an option of the group, or install a plugin package"))
-    if path in catalog.options and not isinstance(override.value(), dict):
-        problems.extend(_choices(path, override, catalog))
+        return Typed(key, text, False)
+    if not key:
+        problems.append(Problem(text, "names no key", "write key=value"))
+        return Typed(key, text, False)
+    if key.endswith(".type"):
+        problems.append(Problem(key, "an option brings its own keys, a type does not", f"type {key.removesuffix('.type')}=<option>"))
+    if path.split("/")[0] in catalog.groups and path in catalog.options and not isinstance(override.value(), dict):
+        problems.extend(_choices(path.replace("/", "."), path, override, catalog))
         return Typed(key.replace("/", "."), f"{path}={value}", True)
     first, _, rest = key.partition(".")
     if first in PACKAGED and rest:
         _name, _, inner = rest.partition(".")
         group = inner.replace(".", "/")
         if group in catalog.options and not isinstance(override.value(), dict):
-            problems.extend(_choices(group, override, catalog))
+            problems.extend(_choices(key, group, override, catalog))
             return Typed(key, f"+{group}@{key}={value}", True)
     problems.extend(_known_root(first, override, catalog))
-    return Typed(key, f"++{key}={value}", False)
+    return Typed(key, f"++{key}={value}", False, _inner(override))
+
+
+def _inner(override: Override) -> tuple[str, ...]:
+    value = None if override.is_delete() or override.is_sweep_override() else override.value()
+    return tuple(str(_text(key)) for key in value) if isinstance(value, dict) else ()
 
 
 def _hydra_sweep(override: Override) -> Iterator[Problem]:
@@ -88,22 +107,23 @@ def _hydra_sweep(override: Override) -> Iterator[Problem]:
 
 
 def _known_root(first: str, override: Override, catalog: Catalog) -> Iterator[Problem]:
-    groups = {group for group in catalog.options if "/" not in group}
+    groups = catalog.groups
     if first in groups or first in ROOT_KEYS:
         return
     near = difflib.get_close_matches(first, [*groups, *ROOT_KEYS], n=1, cutoff=0.6)
     value = override.get_value_element_as_str()
-    hint = f"did you mean '{near[0]}{'' if '.' in override.key_or_group else f'={value}'}'?" if near else f"the groups are: {', '.join(sorted(groups))}"
+    whole = "" if "." in override.key_or_group or override.is_delete() else f"={value}"
+    hint = f"did you mean '{near[0]}{whole}'?" if near else f"the groups are: {', '.join(sorted(groups))}"
     yield Problem(override.key_or_group, "unknown group or key", hint)
 
 
-def _choices(group: str, override: Override, catalog: Catalog) -> Iterator[Problem]:
+def _choices(where: str, group: str, override: Override, catalog: Catalog) -> Iterator[Problem]:
     known = catalog.options[group]
     for one in _flat(override.value()):
         options = [_text(item) for item in one] if isinstance(one, list) else [_text(one)]
         for option in options:
-            if option is not None and option not in known:
-                yield Problem(group.replace("/", "."), f"unknown option {option!r}", did_you_mean(option, known))
+            if option not in known:
+                yield Problem(where, f"unknown option {option!r}", did_you_mean(option, known))
         twice = next((option for option in options if options.count(option) > 1), None)
         if twice is not None:
             yield Problem(group, f"{twice!r} is there twice", f"give the second a name of its own in an experiment file: '- /{group}@{group}.again: {twice}'")
@@ -115,7 +135,7 @@ def _flat(value: Any) -> list[Any]:
     return [] if isinstance(value, Sweep) else [value]
 
 
-def _text(value: Any) -> str | None:
+def _text(value: Any) -> str:
     if value is None:
-        return None
+        return "null"
     return str(value.text) if isinstance(value, QuotedString) else str(value)

@@ -20,7 +20,10 @@ IGNORED = ("digest", "content", "arithmetic", "inputs", "status", "why", "placem
 def main(argv: Sequence[str]) -> int:
     """Print the comparison."""
     as_json = "--json" in argv
-    folders = [_run(word) for word in argv if not word.startswith("-") and "=" not in word] or latest()
+    words = [word for word in argv if word != "--json"]
+    if unknown := next((word for word in words if word.startswith("-")), None):
+        raise ConfigError(unknown, "unknown flag", "type: compare [RUN...] [--json]")
+    folders = [_run(word) for word in words] or latest()
     columns = {folder.name: column(folder) for folder in folders}
     rows = differing(columns)
     if as_json:

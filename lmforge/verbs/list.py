@@ -13,19 +13,23 @@ from lmforge.compose.catalog import Catalog
 from lmforge.compose.layers import merge
 from lmforge.errors import ConfigError, did_you_mean
 from lmforge.registry import Node, types
+from lmforge.verbs._arguments import parse
 
 FILES = ("experiment", "sweep")  # groups of whole configs: no node behind them
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the table asked for."""
-    catalog = Catalog.of()
-    if not argv:
+    args = parse(argv)
+    catalog = Catalog.of(args.config_dir)
+    if broken := list(catalog.broken()):
+        raise ConfigError.of(broken)
+    if not args.overrides:
         for group in sorted(catalog.options):
             print(f"{group:<20} {'  '.join(sorted(catalog.options[group]))}")
         print("\nlist GROUP tells what each option is, list GROUP=OPTION its keys")
         return 0
-    for word in argv:
+    for word in args.overrides:
         group, _, option = word.partition("=")
         group = group.replace(".", "/")
         if group not in catalog.options:

@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     app, args = app_of([word for word in argv if word != "--json"])
     if hydra_flags(app, args):
         return 0
-    if args.multirun:
+    if args.multirun or any(one.key == "sweep" for one in app.typed):
         app.multirun(json_point if as_json else point)
         return 0
     show(compile(experiment(app.compose())), as_json)
