@@ -31,8 +31,9 @@ def render(plan: Plan, statuses: Mapping[str, Status]) -> str:
     children: dict[str | None, list[Step]] = {}
     for step in plan.steps:
         children.setdefault(parent(step), []).append(step)
-    width = max(len(line[0]) for line in _lines(children, None, "", statuses, 0)) + 2
-    lines = [left if not right else f"{left:<{width}}{right}" for left, right in _lines(children, None, "", statuses, width)]
+    rows = list(_lines(children, None, "", statuses))
+    width = max(len(left) for left, right in rows if right) + 2
+    lines = [f"{left:<{width}}{right}" if right else left for left, right in rows]
     return "\n".join([head, *lines, FLOPS])
 
 
@@ -44,7 +45,7 @@ def parent(step: Step) -> str | None:
     return step.inputs[-1].step if step.inputs else None
 
 
-def _lines(children: Mapping[str | None, list[Step]], at: str | None, indent: str, statuses: Mapping[str, Status], width: int) -> Iterator[tuple[str, str]]:
+def _lines(children: Mapping[str | None, list[Step]], at: str | None, indent: str, statuses: Mapping[str, Status]) -> Iterator[tuple[str, str]]:
     steps = children.get(at, [])
     for index, step in enumerate(steps):
         last = index == len(steps) - 1
@@ -55,12 +56,12 @@ def _lines(children: Mapping[str | None, list[Step]], at: str | None, indent: st
         bar = "│  " if children.get(step.name) else "   "
         for line in details(step):
             yield f"{below}{bar}{line}", ""
-        yield from _lines(children, step.name, below, statuses, width)
+        yield from _lines(children, step.name, below, statuses)
 
 
 def flow(step: Step) -> str:
     """What it takes and makes."""
-    takes = ", ".join(f"{one.kind} of {one.step}" for one in step.inputs)
+    takes = " + ".join(dict.fromkeys(one.step for one in step.inputs))
     return f"{takes} -> {step.produces}" if takes else f"-> {step.produces}"
 
 

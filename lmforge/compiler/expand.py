@@ -76,8 +76,11 @@ class _Expansion:
             source, revision = self.experiment.model.pretrained, self.experiment.model.revision
         if source is None:
             return
+        self.evaluated += 1  # an untrained or a bigram model says nothing beside weights from elsewhere
         self.scope["checkpoint"] = self.add("weights", FetchWeights.of(source, revision, self.cache), ())
         self.scope["tokenizer"] = dataclasses.replace(self.scope["checkpoint"], kind="tokenizer")
+        if self.experiment.eval.measures(last=False):
+            self.evaluate("weights")
 
     def stage(self, named: NamedStage) -> None:
         stage = named.stage

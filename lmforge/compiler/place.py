@@ -36,7 +36,7 @@ def _placed(step: Step, available: int) -> Step:
     micro = parallel.micro_batch_size or largest_divisor(each, MICRO_BATCH_TOKENS // stage.row_tokens)
     if each % micro:
         raise PlanError(f"{where}.parallel.micro_batch_size", f"{micro} does not divide the {each} rows a device has", f"type {nearest_divisors(each, micro)}")
-    line = f"{rows} rows = {ranks} devices x {micro} rows x {each // micro} accumulated"
+    line = f"{rows} rows = {ranks} {'device' if ranks == 1 else 'devices'} x {micro} rows x {each // micro} accumulated"
     placement = Placement(devices=devices, mesh=mesh, micro_batch_size=micro, accumulation=each // micro)
     return dataclasses.replace(step, placement=placement, arithmetic=(*step.arithmetic, line))
 

@@ -14,7 +14,7 @@ OUTSIDE = "config reads nothing from outside itself: write the value out"
 KNOWN: tuple[tuple[str, Make], ...] = (
     (r"Unsupported interpolation type (\S+).*full_key: (\S+)", lambda m: Problem(m[2], f"'${{{m[1]}:...}}' is not resolved", OUTSIDE)),
     (r"(.+) full_key: (\S+)", lambda m: Problem(m[2], m[1], "write the value out")),
-    (r"Ambiguous value for argument '\+*([^=]+)=(.*?)'", lambda m: Problem(m[1], f"{m[2]} are several values", f"add -m to run each, or type [{m[2]}] for a list")),
+    (r"Ambiguous value for argument '\+*([^=]+)=(.*?)'", lambda m: Problem(m[1], f"{m[2]} are several values", f"add -m to run each, or type [{m[2]}]")),
     (r"Could not delete from config\. '(\S+)' does not exist", lambda m: Problem(m[1], "there is no such key to delete", SEE)),
     (r"Could not delete '(\S+)'", lambda m: Problem(m[1], "cannot be deleted", "choose an option instead")),
     (r"Could not override '([^'@]+)@", lambda m: Problem(m[1], "'@' names no place in the config", f"type {m[1]}=..., or stage.<name>.{m[1]}=...")),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lmforge.errors import CheckpointError
-from lmforge.model.source import local_folder, pinned
+from lmforge.model.source import local_folder
 from lmforge.registry import Key, register
 from lmforge.step import Context, StepNode
 
@@ -43,7 +43,7 @@ class FetchWeights(StepNode):
 
     @classmethod
     def of(cls, source: str, revision: str | None, cache: Path | None) -> FetchWeights:
-        """The step for a source: a folder is hashed (`cache` remembers it), a hub id is pinned where its commit is known.
+        """The step for a source: a folder is hashed (`cache` remembers it), a hub id counts with the revision given, so pin it.
 
         A folder with only a config.json will do for a plan; `run` asks for the weights.
         """
@@ -51,8 +51,8 @@ class FetchWeights(StepNode):
         if folder:
             _model_folder(folder)
             return cls(source=str(folder.resolve()), revision=None, fingerprint=folder_digest(folder, cache))
-        commit = pinned(source, revision)
-        return cls(source=source, revision=commit, fingerprint=f"{source}@{commit or 'main'}")
+        # Not the commit the local cache happens to hold: fetching the weights must not make them other weights.
+        return cls(source=source, revision=revision, fingerprint=f"{source}@{revision or 'main'}")
 
     def run(self, context: Context) -> dict[str, Any]:
         """Links (or, where links fail, copies) every file of the model into `context.out`."""

@@ -44,13 +44,6 @@ def read_config(source: str, revision: str | None, where: str) -> dict[str, Any]
     return config
 
 
-def pinned(source: str, revision: str | None) -> str | None:
-    """The commit of a hub id: the one given, or the one the local cache last saw; None where neither is known."""
-    if local_folder(source):
-        return None
-    return _commit(_repository(source), revision) or revision
-
-
 def hub_cache() -> Path:
     """The hub's cache folder, by huggingface_hub's rules."""
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lmforge.errors import ConfigError
-from lmforge.model.source import hub_cache, local_folder, pinned, read_config
+from lmforge.model.source import hub_cache, local_folder, read_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LLAMA = {"model_type": "llama", "hidden_size": 64}
@@ -53,7 +53,6 @@ def test_a_local_folder_needs_only_its_config(tmp_path: Path) -> None:
 def test_a_hub_id_is_read_from_the_cache_without_a_network(tmp_path: Path, revision: str | None) -> None:
     cached(tmp_path / "home" / "hub")
     assert read_config("org/small", revision, "model.pretrained") == LLAMA
-    assert pinned("org/small", revision) == COMMIT
 
 
 def test_the_cache_is_where_huggingface_hub_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -66,11 +65,6 @@ def test_the_cache_is_where_huggingface_hub_says(monkeypatch: pytest.MonkeyPatch
     assert hub_cache() == tmp_path / "xdg" / "huggingface" / "hub"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert hub_cache() == Path.home() / ".cache" / "huggingface" / "hub"
-
-
-def test_an_unpinned_hub_id_that_was_never_seen_has_no_commit() -> None:
-    assert pinned("org/unseen", None) is None
-    assert pinned("org/unseen", COMMIT) == COMMIT
 
 
 def test_offline_and_not_cached_says_what_was_tried(tmp_path: Path) -> None:
