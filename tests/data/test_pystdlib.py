@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 
 from lmforge.data import stdlib
-        from lmforge.formats import manifest
 from lmforge.data.mutate import KINDS
 from lmforge.data.nodes import MUTATIONS, Data, PyStdlib
 from lmforge.data.pairs import Rules
 from lmforge.errors import ConfigError, DataError
-from lmforge.formats import corpus
+from lmforge.formats import corpus, manifest
 from lmforge.step import Context
 
 ROOT = Path(sysconfig.get_paths()["stdlib"])
