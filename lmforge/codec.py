@@ -21,6 +21,7 @@ from lmforge.registry import Key, Node, lookup
 
 Problems = list[Problem]
 _MISSING = object()
+LARGEST = 2**63  # integers are 64 bits wide wherever they end up
 
 
 def keys(cls: Any) -> dict[str, tuple[Any, Key]]:
@@ -113,8 +114,10 @@ def _decode_scalar(hint: Any, value: Any, where: str, problems: Problems) -> Any
         return str(value)  # a model or run named 7b is text, one named 7 is too
     if hint in (int, float) and not isinstance(value, (bool, Mapping, list, tuple)):
         number = _number(value)
-        if number is not None and not math.isfinite(number):
+        if isinstance(number, float) and not math.isfinite(number):
             return _complain(problems, where, f"{value} is not a finite number")
+        if number is not None and abs(number) >= LARGEST and (hint is int or isinstance(number, int)):
+            return _complain(problems, where, f"{str(value)[:24]} is too large a number")
         if number is not None and hint is float:
             return float(number)
         if number is not None and number == int(number):

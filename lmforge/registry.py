@@ -58,6 +58,7 @@ class Node:
     group: ClassVar[str] = ""
     type: ClassVar[str] = ""
     identity: ClassVar[bool] = True  # False: the whole node is execution (parallel, hardware, track)
+    needs: ClassVar[dict[str, str]] = {}  # module -> our extra that installs it; looked for before anything runs
     exactly_one: ClassVar[bool] = False  # True: one key is set and the others are null; a higher layer replaces the choice
 
     def check(self, where: str) -> Iterator[Problem]:

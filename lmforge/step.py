@@ -56,6 +56,9 @@ class StepNode(Node):
         """What decides the result beyond the node's own keys: a fingerprint of local files, of a model's config."""
         return ""
 
+    def preflight(self) -> None:
+        """Refuse now what would fail after hours; called for every step that is not done, before the first one runs."""
+
     def run(self, context: Context) -> dict[str, Any]:
         """Do the work, fill `context.out`, return JSON-able metrics. Imports torch only in here."""
         raise RuntimeError(f"{type(self).__name__} has no run()")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -42,8 +43,13 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
     def run(*words: str) -> Answer:
         capsys.readouterr()
+        root = logging.getLogger()
+        handlers, level = root.handlers[:], root.level
         started = time.process_time()
-        code = main(list(words))
+        try:
+            code = main(list(words))
+        finally:
+            root.handlers[:], root.level = handlers, level  # Hydra's --info writes its log to the stderr of this test
         out, err = capsys.readouterr()
         return Answer(code, out, err, time.process_time() - started, sorted(path.name for path in folder.iterdir()))
 
@@ -74,7 +80,7 @@ def compose(*overrides: str, config_dir: str | None = None) -> Experiment:
 
 
 @pytest.fixture(scope="session")
-def corpus() -> Path:
+def rows() -> Path:
     """Committed rows with all three views, so that plans do not depend on the Python version."""
     return FIXTURES / "corpus"
 

@@ -82,6 +82,20 @@ def same_shape(plan: Plan) -> Iterator[Problem]:
             yield Problem(where, what, "leave model out, the weights decide")
 
 
+def whole_weights(plan: Plan) -> Iterator[Problem]:
+    """A safetensors file whose header does not match its length is told before anything runs; a folder without weights will do for a plan."""
+    from safetensors import SafetensorError, safe_open
+
+    for step in plan.steps:
+        folder = local_folder(step.spec.source) if isinstance(step.spec, FetchWeights) else None
+        for file in sorted(folder.glob("*.safetensors")) if folder else ():
+            try:
+                with safe_open(file, framework="numpy"):
+                    continue
+            except (OSError, SafetensorError):
+                yield Problem(str(file), "is truncated or no safetensors file", "restore it, or make the checkpoint again")
+
+
 def devices(plan: Plan) -> Iterator[Problem]:
     """No more devices than there are."""
     machine = plan.experiment.hardware.machine()
@@ -95,4 +109,4 @@ def devices(plan: Plan) -> Iterator[Problem]:
             )
 
 
-RULES = (order, views, one_model, context, vocabulary, same_shape, devices)
+RULES = (order, views, one_model, context, vocabulary, same_shape, whole_weights, devices)

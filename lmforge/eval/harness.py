@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,8 +32,7 @@ def evaluate(node: LmEval, context: Context) -> dict[str, Any]:
 
     RunError where the extra is missing, a task is unknown, or its data cannot be had. Names are checked before the model is loaded.
     """
-    _need_extra()
-    with tempfile.TemporaryDirectory(dir=context.folder) as scratch, _quiet_harness():
+    with tempfile.TemporaryDirectory(dir=context.folder) as scratch, _quiet_harness(context.folder / "harness.log"):
         manager = _tasks(node, context, Path(scratch))
         results = _simple_evaluate(node, context, manager)
     write_json(context.out / "results.json", results)
@@ -42,10 +41,25 @@ def evaluate(node: LmEval, context: Context) -> dict[str, Any]:
     return metrics
 
 
-def _need_extra() -> None:
-    for module in ("lm_eval", "accelerate"):  # its HF model needs both
-        if importlib.util.find_spec(module) is None:
-            raise RunError("eval=lm_eval", f"{module} is not installed", 'pip install "lmforge[lm-eval]"')
+def check_names(node: LmEval) -> None:
+    """RunError for a task that neither we, nor the user's folder, nor the harness has; its index is read only where it is needed."""
+    known = {path.stem for path in OURS.glob("*.yaml")}
+    if set(node.tasks) <= known:
+        return
+    from lm_eval.tasks import TaskManager
+
+    with _quiet_harness(None):
+        mine = TaskManager(include_path=node.include_path, include_defaults=False) if node.include_path else None
+        if mine and set(node.tasks) <= known | set(mine.all_tasks):
+            return
+        manager = TaskManager(include_path=node.include_path)
+    _check_names(tuple(name for name in node.tasks if name not in known), manager)
+
+
+def _check_names(names: Sequence[str], manager: TaskManager) -> None:
+    for name in names:  # an exact name in the index: the harness would also take a path, and import what that file names
+        if name not in manager.task_index:
+            raise RunError("eval.tasks", f"unknown task {name!r}", _nearest(name, manager))
 
 
 def _tasks(node: LmEval, context: Context, scratch: Path) -> TaskManager:
@@ -66,9 +80,7 @@ def _tasks(node: LmEval, context: Context, scratch: Path) -> TaskManager:
         here = f"leave it out; what is there suffices for: {', '.join(offered) or 'nothing'}"
         raise RunError("eval.tasks", f"{absent[0]} needs held-out data that this run's corpus does not offer", here)
     manager = TaskManager(include_path=folders)
-    for name in node.tasks:  # an exact name in the index: the harness would also take a path, and import what that file names
-        if name not in manager.task_index:
-            raise RunError("eval.tasks", f"unknown task {name!r}", _nearest(name, manager))
+    _check_names(node.tasks, manager)
     return manager
 
 
@@ -152,8 +164,11 @@ def flatten(results: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet_harness() -> Iterator[None]:
-    """The harness with its log at warnings, no bars, no telemetry, and templates in Jinja's sandbox; all of it put back afterwards."""
+def _quiet_harness(log: Path | None) -> Iterator[None]:
+    """The harness with its log at errors, no bars, no telemetry, and templates in Jinja's sandbox; all of it put back afterwards.
+
+    What it and the programs it calls still write to standard error goes to the file `log`.
+    """
     import datasets
     import lm_eval.utils
     from jinja2.sandbox import SandboxedEnvironment
@@ -169,10 +184,29 @@ def _quiet_harness() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
-        yield
+        with _errors_to(log):
+            yield
     finally:
         lm_eval.utils.env = plain
         for name, logger in loggers.items():
             logger.setLevel(levels[name])
         if not bars:
             datasets.enable_progress_bars()
+
+
+@contextmanager
+def _errors_to(log: Path | None) -> Iterator[None]:
+    """Standard error into a file, by its descriptor: the harness starts git, whose words sys.stderr never sees."""
+    if log is None:
+        yield
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with log.open("ab") as file:
+            os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -81,6 +81,7 @@ class LmEval(Eval):
     """EleutherAI's lm-evaluation-harness on the checkpoint: installed tasks by name, a folder of yours, or ours on the run's own held-out data."""
 
     consumes: ClassVar[tuple[str, ...]] = ("checkpoint", "corpus")
+    needs = {"lm_eval": "lm-eval", "accelerate": "lm-eval"}  # noqa: RUF012
 
     after: Annotated[Literal["all", "last"], AFTER]
     tasks: Annotated[tuple[str, ...], Key("task, group or tag names; heldout_code and heldout_pairs are ours and need no network")]
@@ -116,6 +117,11 @@ class LmEval(Eval):
             yield Problem(f"{where}.batch_size", f"{self.batch_size!r} is not a batch size", "write a number >= 1, or auto")
         if self.include_path is not None:
             yield from problems(Path(self.include_path), f"{where}.include_path")
+
+    def preflight(self) -> None:
+        from lmforge.eval.harness import check_names
+
+        check_names(self)
 
     def run(self, context: Context) -> dict[str, Any]:
         from lmforge.eval.harness import evaluate

@@ -118,6 +118,8 @@ class AdamW(Optimizer):
 class AdamW8bit(Optimizer):
     """AdamW with block-wise 8-bit state (Dettmers et al. 2022) from bitsandbytes; tensors under 4,096 elements keep fp32 state."""
 
+    needs = {"bitsandbytes": "bnb"}  # noqa: RUF012
+
     beta1: Beta1
     beta2: Beta2
     eps: Eps

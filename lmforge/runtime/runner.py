@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from lmforge.codec import encode
+from lmforge.codec import encode, keys
 from lmforge.compiler.emit import Job, emit
 from lmforge.errors import PlanError, Problem, RunError
 from lmforge.explain import render
 from lmforge.formats.store import read_json
 from lmforge.plan import Plan, Step
+from lmforge.registry import Node
 from lmforge.runtime import summary
 from lmforge.runtime.launch import launch
 from lmforge.runtime.progress import LiveReport
@@ -35,6 +37,9 @@ def run(plan: Plan, console: Console) -> dict[str, Any]:
     workspace = Workspace(plan.experiment.output)
     workspace.prepare()
     statuses = workspace.statuses(plan)
+    for step in plan.steps:
+        if statuses[step.name].state != "done":
+            step.spec.preflight()
     console.print(render(plan, statuses), highlight=False, markup=False, soft_wrap=True)
     started = time.monotonic()
     folder = workspace.open_run(plan)
@@ -55,8 +60,25 @@ def runnable(plan: Plan) -> None:
     machine, here = plan.experiment.hardware.machine(), plan.experiment.hardware.type == "here"
     if not here:
         problems.append(Problem("hardware", f"{machine.name} is described, not this machine", "use plan for it; run with hardware=here"))
+    problems.extend(missing_extras(plan))
     if problems:
         raise PlanError.of(problems)
+
+
+def missing_extras(plan: Plan) -> Iterator[Problem]:
+    """Packages that some node of the plan needs and this machine lacks, with the extra that installs them."""
+    for where, node in [*((step.name, one) for step in plan.steps for one in nodes(step.spec)), ("track", plan.experiment.track)]:
+        for module, extra in node.needs.items():
+            if importlib.util.find_spec(module) is None:
+                yield Problem(f"{where}: {node.group}={node.type}", f"needs {module}, which is not installed", f'type: pip install "lmforge[{extra}]"')
+
+
+def nodes(node: Node) -> Iterator[Node]:
+    """A node and those within it."""
+    yield node
+    for name in keys(type(node)):
+        if isinstance(inner := getattr(node, name), Node):
+            yield from nodes(inner)
 
 
 def _ensure(job: Job, plan: Plan, workspace: Workspace, console: Console) -> list[tuple[str, str]]:

@@ -79,6 +79,8 @@ def evaluations(plan: Plan, metrics: Metrics) -> Iterator[tuple[str, Mapping[str
 
 def table(rows: Sequence[tuple[str, Mapping[str, Any]]], metrics: Metrics) -> Table:
     """A row per checkpoint; columns for what was measured."""
+    if not any("perplexity" in one or "preference_accuracy" in one for _, one in rows):
+        return scores(rows)
     shown = Table("checkpoint", "held-out perplexity", "bits per byte", "preference accuracy", "size on disk")
     untrained = next((one["untrained_perplexity"] for _, one in rows if "untrained_perplexity" in one), None)
     if untrained is not None:
@@ -92,6 +94,15 @@ def table(rows: Sequence[tuple[str, Mapping[str, Any]]], metrics: Metrics) -> Ta
             _with_error(one.get("preference_accuracy"), one.get("preference_accuracy_standard_error")),
             gib(size) if size else "",
         )
+    return shown
+
+
+def scores(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+    """A row per metric and a column per checkpoint: what a harness of many tasks reports."""
+    shown = Table("task/metric", *[name for name, _ in rows])
+    for key in dict.fromkeys(key for _, one in rows for key in flat(one)):
+        if not key.endswith(("_stderr", "/n")):
+            shown.add_row(key, *[_with_error(one.get(key), one.get(f"{key}_stderr")) for _, one in rows])
     return shown
 
 

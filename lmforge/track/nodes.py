@@ -100,6 +100,8 @@ class Wandb(Track):
 class TensorBoard(Track):
     """TensorBoard event files; `tensorboard --logdir outputs` shows every run below it."""
 
+    needs = {"tensorboard": "tensorboard"}  # noqa: RUF012
+
     dir: Annotated[str | None, Key("folder for <experiment>/<run>; null = tensorboard/ in the step's folder")]
     flush_s: Annotated[float, Key("seconds between writes of event files", unit="s", gt=0)]
 
