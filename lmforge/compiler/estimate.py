@@ -24,7 +24,7 @@ def estimate(plan: Plan) -> Plan:
     config = plan.experiment.model.config()
     params, parts = count(config), list(weights(config))
     machine = plan.experiment.hardware.machine()
-    return dataclasses.replace(plan, steps=tuple(_fits(_costed(step, params, parts), machine) for step in plan.steps))
+    return dataclasses.replace(plan, steps=tuple(_at_best(_fits(_costed(step, params, parts), machine), machine) for step in plan.steps))
 
 
 def _costed(step: Step, params: ParamCount, parts: list[Weight]) -> Step:
@@ -69,3 +69,16 @@ def _fits(step: Step, machine: Machine) -> Step:
         f"and {machine.name} has {room / GIB:.1f} GiB for each",
         "type a smaller model=, parallel=fsdp over more devices, or plan for another hardware= (list hardware)",
     )
+
+
+def _at_best(step: Step, machine: Machine) -> Step:
+    """With the time no run can beat: every device at its stated dense peak. It is a bound, no estimate, so `seconds` stays null."""
+    if not isinstance(step.spec, TrainingStage) or step.cost.train_flops is None:
+        return step
+    dtype, devices = step.spec.precision.compute_dtype, step.placement.devices
+    peak = machine.peak_flops.of(dtype)
+    if peak is None:
+        return step
+    hours = step.cost.train_flops / (peak * devices * 3600)
+    line = f"at least {hours:.3g} h, with {devices} device(s) at the stated peak of {peak / 1e12:.4g} TFLOP/s ({dtype})"
+    return dataclasses.replace(step, arithmetic=(*step.arithmetic, line))

@@ -63,7 +63,11 @@ def tree(catalog: Catalog, group: str, option: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for entry in own.pop("defaults", None) or []:
         if isinstance(entry, str) and entry != "_self_":
-            values = merge(values, tree(catalog, group, entry))
+            chosen, _, package = entry.partition("@")
+            brought = tree(catalog, group, chosen)
+            for name in reversed(package.split(".") if package else []):
+                brought = {name: brought}
+            values = merge(values, brought)
         elif isinstance(entry, dict):
             for inner, chosen in entry.items():
                 if f"{group}/{inner}" in catalog.options and isinstance(chosen, str):
