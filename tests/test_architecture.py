@@ -145,7 +145,7 @@ def test_no_exception_is_swallowed_whole() -> None:
 
 
 def test_nothing_is_left_to_do_and_no_path_of_a_machine_is_in_the_project() -> None:
-    """No TODO or stub, and nothing that only the machine it was written on has."""
+    """No note to come back to, no stub, and nothing that only the machine it was written on has."""
     marks = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|X" + r"XX|HA" + r"CK)\b|raise NotImplemented" + r"Error\(\)")
     machine = re.compile(r"(?<![\w.}])/(?:work|home|Users|mnt|root)/\w")
     found = [f"{path.relative_to(ROOT)}:{number}" for path in TEXTS for number, line in lines_of(path) if marks.search(line) or machine.search(line)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,12 @@ class Job:
         return self.step.spec.run(Context(step=self.step.name, folder=self.folder, out=out, inputs=self.inputs, placement=self.step.placement, report=report))
 
 
-def emit(plan: Plan, folders: Mapping[str, Path]) -> tuple[Job, ...]:
-    """A job per step; `folders` maps a step's name to its folder. An artifact is the folder named by what its step produces."""
-    made = {step.name: folders[step.name] / step.produces for step in plan.steps}
-    return tuple(Job(step=step, folder=folders[step.name], inputs={one.kind: made[one.step] for one in step.inputs}) for step in plan.steps)
+def emit(plan: Plan, folder: Callable[[Step], Path]) -> Iterator[Job]:
+    """A job per step, each emitted when it is asked for: by then `folder` knows where the steps before it really lie.
+
+    An artifact is the folder named by what its step produces, inside the step's own.
+    """
+    for step in plan.steps:
+        made = {name: plan.step(name) for name in {one.step for one in step.inputs}}
+        inputs = {one.kind: folder(made[one.step]) / made[one.step].produces for one in step.inputs}
+        yield Job(step=step, folder=folder(step), inputs=inputs)

@@ -20,7 +20,6 @@ class LiveReport(Report):
 
     def __init__(self, name: str, console: Console, metrics: Metrics, tracker: Tracker | None) -> None:
         self.name, self.console, self.metrics, self.tracker = name, console, metrics, tracker
-        self.samples: list[tuple[str, str]] = []
         self.started = self.spoke = time.monotonic()
         self.bars = Progress(
             TextColumn("{task.description:<18}"), BarColumn(bar_width=28), TextColumn("{task.percentage:>3.0f}%"),
@@ -52,7 +51,6 @@ class LiveReport(Report):
             self.console.print(f"{self.name}: {done}/{total} {text}, about {left:.0f} s left", highlight=False)
 
     def sample(self, title: str, text: str) -> None:
-        """Kept for the end of the run, and sent to the tracker."""
-        self.samples.append((title, text))
+        """Sent to the tracker; the step's metrics keep it for the end of the run."""
         if self.tracker:
             self.tracker.text(title, text)

@@ -42,14 +42,16 @@ def run(plan: Plan, console: Console) -> dict[str, Any]:
             step.spec.preflight()
     console.print(render(plan, statuses), highlight=False, markup=False, soft_wrap=True)
     started = time.monotonic()
-    folder = workspace.open_run(plan)
-    samples: list[tuple[str, str]] = []
-    for job in emit(plan, {step.name: workspace.folder(step) for step in plan.steps}):
-        samples.extend(_ensure(job, plan, workspace, console))
+    fresh = any(status.state != "done" for status in statuses.values())
+    folder = (None if fresh else workspace.run_of(plan)) or workspace.open_run(plan)
+    for job in emit(plan, workspace.folder):
+        _ensure(job, plan, workspace, console)
     metrics = {step.name: workspace.record(step)["metrics"] for step in plan.steps}
     workspace.close_run(folder, plan, metrics)
-    fresh = any(status.state != "done" for status in statuses.values())
-    summary.show(console, plan, metrics, samples, folder, workspace, time.monotonic() - started, fresh)
+    if not fresh:
+        console.print(f"every step is done already ({len(plan.steps)} of {len(plan.steps)}); nothing ran", highlight=False)
+    summary.show(console, plan, metrics, folder, workspace)
+    console.print(f"{time.monotonic() - started:.0f} s in all", highlight=False)
     return metrics
 
 
@@ -81,16 +83,16 @@ def nodes(node: Node) -> Iterator[Node]:
             yield from nodes(inner)
 
 
-def _ensure(job: Job, plan: Plan, workspace: Workspace, console: Console) -> list[tuple[str, str]]:
+def _ensure(job: Job, plan: Plan, workspace: Workspace, console: Console) -> None:
     """Run a job unless its step is done, here or meanwhile in another process."""
     step = job.step
     if workspace.is_done(step):
-        return []
+        return
     with workspace.lock(step):
         if workspace.is_done(step):
-            return []
+            return
         try:
-            return _run(job, plan, workspace, console)
+            _run(job, plan, workspace, console)
         except OSError as error:
             if error.errno is None or (error.filename is None and error.errno not in (28, 30, 122)):
                 raise
@@ -99,7 +101,7 @@ def _ensure(job: Job, plan: Plan, workspace: Workspace, console: Console) -> lis
             ) from error
 
 
-def _run(job: Job, plan: Plan, workspace: Workspace, console: Console) -> list[tuple[str, str]]:
+def _run(job: Job, plan: Plan, workspace: Workspace, console: Console) -> None:
     step = job.step
     job.folder.mkdir(parents=True, exist_ok=True)
     resumed = _resumed_from(job.folder)
@@ -122,7 +124,6 @@ def _run(job: Job, plan: Plan, workspace: Workspace, console: Console) -> list[t
         tracker.artifact(ArtifactRef(f"{step.name}-{step.digest}", step.produces, job.folder / step.produces), inputs)
         tracker.finish(summary.flat(metrics))
     console.print(f"{step.name}: {summary.line(step, metrics)} ({seconds:.0f} s)", highlight=False, markup=False, soft_wrap=True)
-    return report.samples
 
 
 def _tracker(step: Step, plan: Plan, folder: Path, resumed: int | None, console: Console) -> Tracker | None:

@@ -38,12 +38,8 @@ def line(step: Step, metrics: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {_number(value)}" for key, value in list(shown.items())[:5]) or step.produces
 
 
-def show(
-    console: Console, plan: Plan, metrics: Metrics, samples: Sequence[tuple[str, str]], folder: Path, workspace: Workspace, seconds: float, fresh: bool
-) -> None:
+def show(console: Console, plan: Plan, metrics: Metrics, folder: Path, workspace: Workspace) -> None:
     """Print it all."""
-    if not fresh:
-        console.print(f"every step is done already ({len(plan.steps)} of {len(plan.steps)}); nothing ran", highlight=False)
     rows = list(evaluations(plan, metrics))
     if rows:
         console.print(table(rows, metrics))
@@ -51,15 +47,14 @@ def show(
             console.print(note, highlight=False)
     for note in deltas(plan, rows, metrics, workspace):
         console.print(note, highlight=False)
-    for title, text in samples[-1:]:
-        console.rule(title)
-        console.print(text, highlight=False, markup=False)
+    for name, sample in best_sample(rows):
+        console.rule(f"what {name} writes after {sample['prompt'][-32:]!r}")
+        console.print(sample["prompt"] + sample["text"], highlight=False, markup=False)
     console.rule("files")
     console.print(f"run       {folder}", highlight=False, soft_wrap=True)
     for step in plan.steps:
         if step.produces == "checkpoint":
             console.print(f"{step.name:<9} {workspace.folder(step) / 'checkpoint'}", highlight=False, soft_wrap=True)
-    console.print(f"{seconds:.0f} s in all", highlight=False)
     for hint in next_steps(plan, folder):
         console.print(f"try       {hint}", highlight=False, markup=False, soft_wrap=True)
 
@@ -112,6 +107,14 @@ def baselines(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
         if "bigram_perplexity" in one:
             verdict = "below" if one["perplexity"] < one["bigram_perplexity"] else "NOT below"
             yield f"{name}'s perplexity {one['perplexity']:.1f} is {verdict} an interpolated bigram model's {one['bigram_perplexity']:.1f} on the same tokens"
+
+
+def best_sample(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """The text of the checkpoint that predicts held-out text best, where one was drawn."""
+    drawn = [(one.get("perplexity", 0.0), name, one["sample"]) for name, one in rows if "sample" in one]
+    if drawn:
+        _, name, sample = min(drawn, key=lambda one: one[0])
+        yield name, sample
 
 
 def deltas(plan: Plan, rows: Sequence[tuple[str, Mapping[str, Any]]], metrics: Metrics, workspace: Workspace) -> Iterator[str]:

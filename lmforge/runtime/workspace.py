@@ -109,6 +109,14 @@ class Workspace:
             return folder
         raise RunError("output", f"no free name for a run under {store.runs(self.output)}", "type output=<another folder>")
 
+    def run_of(self, plan: Plan) -> Path | None:
+        """The latest finished run of the same experiment made of the very same steps."""
+        steps = [self.folder(step).name for step in plan.steps]
+        for file in sorted(store.runs(self.output).glob(f"*-{plan.experiment.name}/{store.RUN_FILE}"), reverse=True):
+            if store.read_json(file)["steps"] == steps:
+                return file.parent
+        return None
+
     def close_run(self, folder: Path, plan: Plan, metrics: Mapping[str, Any]) -> None:
         """The manifest: which steps the run is made of, and the figures of each."""
         steps = [self.folder(step).name for step in plan.steps]

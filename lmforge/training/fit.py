@@ -55,7 +55,9 @@ def fit(recipe: Recipe, objective: Objective, model: Any, context: Context, save
     with _quiet():
         _run(_trainer(recipe, context, world), module, loader)
     if module.done < recipe.steps:
-        raise KeyboardInterrupt
+        if module.stopped:
+            raise KeyboardInterrupt
+        raise RuntimeError(f"Lightning ended after step {module.done} of {recipe.steps}")
     if module.trainer.is_global_zero:
         save(model)
     if dist.is_initialized():

@@ -37,7 +37,7 @@ class TrainingModule(LightningModule):
         self.recipe, self.objective, self.model, self.report = recipe, objective, model, report
         self.folder, self.resumed = folder, resumed
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.signals = StopSignals()
+        self.signals, self.stopped = StopSignals(), False
         self.done, self.tokens, self.elapsed_s = 0, 0, 0.0
         self.last: dict[str, float] = {}
 
@@ -86,7 +86,7 @@ class TrainingModule(LightningModule):
         if (stop or late) and self.done < self.recipe.steps:
             self.save_state()
         if stop:
-            self.trainer.should_stop = True
+            self.stopped = self.trainer.should_stop = True
 
     # One step
 

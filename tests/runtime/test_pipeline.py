@@ -24,7 +24,7 @@ def record(folder: Path) -> dict[str, object]:
 
 def test_prints_the_plan_first_then_one_table_a_sample_and_where_the_files_are(finished: tuple[Path, str]) -> None:
     _, printed = finished
-    order = [printed.index(text) for text in ("FLOPs: 6N + 6LdT", "held-out perplexity", "untrained", "what it writes after", "files", "try")]
+    order = [printed.index(text) for text in ("FLOPs: 6N + 6LdT", "held-out perplexity", "untrained", "writes after", "files", "try")]
     assert order == sorted(order)
     for line in ("interpolated bigram model's", "preference accuracy by", "int8:", "held-out pairs"):
         assert line in printed
