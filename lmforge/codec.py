@@ -21,7 +21,7 @@ from lmforge.registry import Key, Node, lookup
 
 Problems = list[Problem]
 _MISSING = object()
-LARGEST = 2**63  # integers are 64 bits wide wherever they end up
+LARGEST = {int: 2**63, float: 2**1024}  # integers are 64 bits wide wherever they end up
 
 
 def keys(cls: Any) -> dict[str, tuple[Any, Key]]:
@@ -116,7 +116,7 @@ def _decode_scalar(hint: Any, value: Any, where: str, problems: Problems) -> Any
         number = _number(value)
         if isinstance(number, float) and not math.isfinite(number):
             return _complain(problems, where, f"{value} is not a finite number")
-        if number is not None and abs(number) >= LARGEST and (hint is int or isinstance(number, int)):
+        if number is not None and abs(number) >= LARGEST[hint]:
             return _complain(problems, where, f"{str(value)[:24]} is too large a number")
         if number is not None and hint is float:
             return float(number)

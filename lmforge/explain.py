@@ -122,7 +122,7 @@ def diff(before: Plan, after: Plan) -> str:
 
 def because(old: Step, new: Step) -> str:
     """Why a step is another step than before."""
-    keys = [key for key, _, _ in changes(encode(old.spec, identity=True), encode(new.spec, identity=True))]
-    if keys:
-        return ", ".join(keys[:4])
-    return "its data changed" if old.content != new.content else "what it consumes changed"
+    reasons = [key for key, _, _ in changes(encode(old.spec, identity=True), encode(new.spec, identity=True))][:4]
+    if old.content != new.content:
+        reasons.append("its model changed" if hasattr(new.spec, "model") else "its data changed")
+    return ", ".join(reasons) or "what it consumes changed"

@@ -168,10 +168,10 @@ RELATIONS = [
     ("plan stage=pretrain precision.compute_dtype=float16", "precision.loss_scale", "must be set", "precision.loss_scale=65536"),
     ("plan stage=pretrain optimizer.schedule=wsd optimizer.schedule.warmup=0.9", "optimizer.schedule.decay", "more than all steps", "at most 1"),
     ("plan stage=pretrain model.revision=main", "model.revision", "weights that are not named", "set model.pretrained"),
-    ("plan stage=pretrain model=7b", "pretrain", "needs 108.8 GiB on each of 1 device(s)", "type a smaller model="),
-    ("plan stage=dpo model=7b", "dpo", "needs 108.8 GiB on each of 1 device(s)", "type a smaller model="),
+    ("plan stage=pretrain model=7b hardware=cpu", "pretrain", "needs 108.8 GiB on each of 1 device(s)", "type a smaller model="),
+    ("plan stage=dpo model=7b hardware=cpu", "dpo", "needs 108.8 GiB on each of 1 device(s)", "type a smaller model="),
     ("plan stage=pretrain model=70b hardware=h100x8", "pretrain", "NVIDIA H100 80GB HBM3 has 79.6 GiB for each", "parallel=fsdp"),
-    ("run stage=pretrain model=7b", "pretrain", "needs 108.8 GiB on each of 1 device(s)", "another hardware="),
+    ("run stage=pretrain model=70b", "pretrain", "needs 1027.8 GiB on each of 1 device(s)", "another hardware="),
 ]
 
 DATA = [

@@ -91,6 +91,7 @@ def complaints(**changed: Any) -> list[str]:
         (int, -0.0, 0),
         (int, 2**63 - 1, 2**63 - 1),
         (float, 1e300, 1e300),
+        (float, 2**70, 2.0**70),
         (float, 1, 1.0),
         (float, "3e-4", 3e-4),
         (float, "1", 1.0),

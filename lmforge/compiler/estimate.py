@@ -41,7 +41,7 @@ def _costed(step: Step, params: ParamCount, parts: list[Weight]) -> Step:
         params_active=params.active,
         params_trainable=params.total,
         tokens=tokens,
-        train_flops=tokens * flops_per_token(params, stage.seq_len),
+        train_flops=float(tokens * flops_per_token(params, stage.seq_len)),
         peak_bytes_per_device=_static(step, stage, params, parts),
     )
     return dataclasses.replace(step, cost=cost)
@@ -80,5 +80,6 @@ def _at_best(step: Step, machine: Machine) -> Step:
     if peak is None:
         return step
     hours = step.cost.train_flops / (peak * devices * 3600)
-    line = f"at least {hours:.3g} h, with {devices} device(s) at the stated peak of {peak / 1e12:.4g} TFLOP/s ({dtype})"
+    time = f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
+    line = f"at least {time} h, with {devices} device(s) at the stated peak of {peak / 1e12:.4g} TFLOP/s ({dtype})"
     return dataclasses.replace(step, arithmetic=(*step.arithmetic, line))

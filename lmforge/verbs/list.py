@@ -53,8 +53,13 @@ def about(catalog: Catalog, group: str, option: str, file: Path) -> str:
 
 
 def _class_line(group: str, values: dict[str, Any]) -> str:
-    cls = types(group).get(str(values.get("type")))
+    cls = _class_of(group, values)
     return (cls.__doc__ or "").splitlines()[0] if cls else ""
+
+
+def _class_of(group: str, values: dict[str, Any]) -> type[Node] | None:
+    """The node behind an option; model/tokenizer holds options of the group `tokenizer`."""
+    return (types(group) or types(group.rpartition("/")[2])).get(str(values.get("type")))
 
 
 def tree(catalog: Catalog, group: str, option: str) -> dict[str, Any]:
@@ -83,14 +88,14 @@ def _option(catalog: Catalog, group: str, option: str) -> None:
         print(file.read_text(encoding="utf-8"))
         return
     values = tree(catalog, group, option)
-    cls = types(group).get(str(values.get("type")))
+    cls = _class_of(group, values)
     print(f"{group}={option}: {about(catalog, group, option, file)}")
     if cls is None:
         return
     print("  " + " ".join((cls.__doc__ or "").split()))
     prefix = f"stage.{option}" if group == "stage" else group.replace("/", ".")
     rows = list(describe(cls, values, prefix))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)] if rows else [0, 0, 0]
+    widths = [min(48, max(len(row[column]) for row in rows)) for column in range(3)] if rows else [0, 0, 0]
     for key, value, kind, meaning in rows:
         print(f"  {key:<{widths[0]}}  {value:<{widths[1]}}  {kind:<{widths[2]}}  {meaning}")
 
@@ -116,6 +121,11 @@ def describe(cls: type, values: Any, prefix: str) -> Iterator[tuple[str, str, st
         elif inner is not None:
             yield f"{prefix}.{name}", "", "", key.meaning
             yield from describe(inner, value, f"{prefix}.{name}")
+        elif isinstance(value, dict) and (member := typing.get_args(hint)[-1:]) and hasattr(member[0], "group"):
+            yield f"{prefix}.{name}", "", type_name(hint), key.meaning
+            for own, one in value.items():
+                yield f"{prefix}.{name}.{own}", str(one["type"]), member[0].group, ""
+                yield from describe(types(member[0].group)[one["type"]], one, f"{prefix}.{name}.{own}")
         else:
             unit = f", {key.unit}" if key.unit else ""
             bounds = "".join(f" {sign} {bound:g}" for sign, bound in ((">", key.gt), (">=", key.ge), ("<", key.lt), ("<=", key.le)) if bound is not None)

@@ -28,7 +28,7 @@ TABLE = [
     ("optimizer={lr: 1}", "optimizer", "++optimizer={lr: 1}", False),
     ("stage.dpo.beta=0.2", "stage.dpo.beta", "++stage.dpo.beta=0.2", False),
     ("seed=3", "seed", "++seed=3", False),
-    ("name=a=b", "name", "++name=a=b", False),
+    ("name='a=b'", "name", "++name='a=b'", False),
     ("~stage.sft.optimizer.lr", "stage.sft.optimizer.lr", "~stage.sft.optimizer.lr", True),
     ("optimizer@stage.sft.optimizer=muon", "stage.sft.optimizer", "optimizer@stage.sft.optimizer=muon", True),
     ("hydra/launcher=basic", "hydra/launcher", "hydra/launcher=basic", True),
