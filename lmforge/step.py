@@ -18,6 +18,7 @@ class Placement:
     mesh: Mapping[str, int] = field(default_factory=dict)
     micro_batch_size: int | None = None
     accumulation: int | None = None
+    strategy: Mapping[str, Any] = field(default_factory=dict)  # what the parallel option is emitted as
 
 
 class Report:

@@ -118,11 +118,11 @@ RELATIONS = [
     (
         "plan stage=pretrain stage.pretrain.budget.tokens=1e6 stage.pretrain.budget.steps=3",
         "stage.pretrain.budget",
-        "tokens and steps are both set",
+        "tokens and steps are set",
         "exactly one",
     ),
-    ("plan stage=pretrain 'stage.pretrain.budget={tokens: 5, steps: 6}'", "stage.pretrain.budget", "tokens and steps are both set", "exactly one"),
-    ("plan experiment=two --config-dir {files}/two_budgets", "stage.pretrain.budget", "tokens and steps are both set", "exactly one"),
+    ("plan stage=pretrain 'stage.pretrain.budget={tokens: 5, steps: 6}'", "stage.pretrain.budget", "tokens and steps are set", "exactly one"),
+    ("plan experiment=two --config-dir {files}/two_budgets", "stage.pretrain.budget", "tokens and steps are set", "exactly one"),
     ("plan stage=pretrain stage.pretrain.budget.tokens_per_parameter=null", "stage.pretrain.budget", "no budget is set", "exactly one"),
     ("plan model.num_attention_heads=7 stage=pretrain", "model.num_attention_heads", "7 heads do not divide hidden_size 64", "take 4 or 8"),
     (

@@ -50,7 +50,7 @@ def _costed(step: Step, params: ParamCount, parts: list[Weight]) -> Step:
 def _static(step: Step, stage: TrainingStage, params: ParamCount, parts: list[Weight]) -> PeakBytes:
     """Bytes on one device, sharded as the parallel option says; each shard is rounded up."""
     devices, width = step.placement.devices, stage.precision.param_bytes
-    states = sum(stage.optimizer.state_bytes(one.shape, one.name) * one.count for one in parts)
+    states = sum(stage.optimizer.state_bytes(one.shape, one.name, width) * one.count for one in parts)
     amounts: dict[Part, int] = {"params": params.total * width, "grads": params.total * width, "optimizer": states}
     here = {part: 0 if stage.parallel.offloads(part) else -(-amount // stage.parallel.shard_degree(part, devices)) for part, amount in amounts.items()}
     return PeakBytes(**here)

@@ -6,9 +6,10 @@ import itertools
 from collections.abc import Iterator
 
 from lmforge.errors import PlanError, Problem
+from lmforge.model.agree import differences
 from lmforge.model.fetch import FetchWeights
 from lmforge.model.source import local_folder, read_config
-from lmforge.model.weights import max_positions, vocab_size, weights
+from lmforge.model.weights import max_positions, vocab_size
 from lmforge.plan import Plan
 from lmforge.stage.nodes import TrainingStage
 from lmforge.tokenizer.nodes import Tokenize
@@ -27,8 +28,8 @@ def order(plan: Plan) -> Iterator[Problem]:
     stages = plan.experiment.stages
     for before, after in itertools.pairwise(stages):
         if after.stage.follows and before.stage.type not in after.stage.follows:
-            names = sorted((one.name for one in stages), key=lambda name: next(bool(s.stage.consumes[0] == "checkpoint") for s in stages if s.name == name))
-            yield Problem("stage", f"{after.name} cannot come after {before.name}", f"type 'stage=[{','.join(names)}]'")
+            ordered = sorted(stages, key=lambda one: "checkpoint" in one.stage.consumes)
+            yield Problem("stage", f"{after.name} cannot come after {before.name}", f"type 'stage=[{','.join(one.name for one in ordered)}]'")
 
 
 def views(plan: Plan) -> Iterator[Problem]:
@@ -68,18 +69,24 @@ def vocabulary(plan: Plan) -> Iterator[Problem]:
 
 
 def same_shape(plan: Plan) -> Iterator[Problem]:
-    """Weights of a local folder and a model typed beside them must be one architecture; weights from the hub are checked when loaded."""
-    config = plan.experiment.model.config()
+    """Weights of a local folder decide the model, so a model typed beside them may say nothing else; weights from the hub are not here to compare."""
+    model = plan.experiment.model
     for step in plan.steps:
         if not isinstance(step.spec, FetchWeights) or local_folder(step.spec.source) is None:
             continue
-        where = next((f"stage.{one.name}.init_from" for one in plan.experiment.stages if getattr(one.stage, "init_from", None)), "model.pretrained")
-        theirs = {one.name: (one.count, *one.shape) for one in weights(read_config(step.spec.source, None, where))}
-        ours = {one.name: (one.count, *one.shape) for one in weights(config)}
-        differing = next((name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)), None)
-        if differing:
-            what = f"its {differing} is {theirs.get(differing, 'not there')}, the model's {ours.get(differing, 'not there')}"
-            yield Problem(where, what, "leave model out, the weights decide")
+        named = [one.name for one in plan.experiment.stages if (start := getattr(one.stage, "init_from", None)) and _same_folder(start, step.spec.source)]
+        where = f"stage.{named[0]}.init_from" if named else "model.pretrained"
+        found = differences(model.config(), read_config(step.spec.source, None, where))
+        if found:
+            one, others = found[0], f" (and {len(found) - 1} more keys differ)" if found[1:] else ""
+            ours = f"model.{one.key} says {one.ours!r}" if hasattr(model, one.key) else f"the model's is {one.ours!r}"
+            instead = "leave model out, the weights decide" if named else f"type model=hf model.pretrained={model.pretrained}, the weights decide"
+            yield Problem(where, f"its config.json says {one.key}={one.theirs!r}, {ours}{others}", instead)
+
+
+def _same_folder(source: str, folder: str) -> bool:
+    found = local_folder(source)
+    return found is not None and found.resolve() == local_folder(folder)
 
 
 def whole_weights(plan: Plan) -> Iterator[Problem]:

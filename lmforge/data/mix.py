@@ -87,7 +87,7 @@ def _view(view: str, folders: Mapping[str, Path], weights: Mapping[str, float], 
         return []
     held = _heldout(view, folders, writer)
     total = sum(weights[name] for name in folders)
-    shares, seen = [], set(held)
+    shares, seen = [], set[bytes]()
     for name, folder in folders.items():
         share = Share(name, weights[name] / total)
         share.rows = _index(view, folder, held, seen, writer)
@@ -102,31 +102,34 @@ def _view(view: str, folders: Mapping[str, Path], weights: Mapping[str, float], 
 
 
 def _heldout(view: str, folders: Mapping[str, Path], writer: corpus.Writer) -> set[bytes]:
-    """Write every source's held-out rows, each once; returns their hashes."""
-    tally, held = writer.account.view(view), set[bytes]()
+    """Write every source's held-out rows, each once; returns the hashes of what decided their split, such as a chat's prompt."""
+    tally, seen, held = writer.account.view(view), set[bytes](), set[bytes]()
     for name, folder in folders.items():
         for row in corpus.read(folder, view, "heldout"):
             tally.entered += 1
             content = _content(view, row)
-            if content in held:
+            if content in seen:
                 tally.dropped["duplicate"] += 1
                 continue
-            held.add(content)
+            seen.add(content)
+            held.add(_question(view, row))
             tally.kept += 1
             writer.write(view, "heldout", row | {"source": f"{name}/{row['source']}"})
     return held
 
 
 def _index(view: str, folder: Path, held: set[bytes], seen: set[bytes], writer: corpus.Writer) -> list[tuple[bytes, int, int]]:
-    """A source's distinct train rows in hash order. A row that any source holds out is never trained on."""
+    """A source's distinct train rows in hash order. A row whose prompt (or text) any source holds out is never trained on."""
     tally, found, offset = writer.account.view(view), [], 0
     with (folder / view / "train.jsonl").open("rb") as file:
         for line in file:
             row = json.loads(line)
             tally.entered += 1
             content = _content(view, row)
-            if content in seen:
-                tally.dropped["held_out_by_a_source" if content in held else "duplicate"] += 1
+            if _question(view, row) in held:
+                tally.dropped["held_out_by_a_source"] += 1
+            elif content in seen:
+                tally.dropped["duplicate"] += 1
             else:
                 seen.add(content)
                 found.append((content, offset, dialects.size(view, row)))
@@ -136,6 +139,10 @@ def _index(view: str, folder: Path, held: set[bytes], seen: set[bytes], writer: 
 
 def _content(view: str, row: Mapping[str, Any]) -> bytes:
     return bytes.fromhex(key(view, *dialects.texts(view, row)))[:16]
+
+
+def _question(view: str, row: Mapping[str, Any]) -> bytes:
+    return bytes.fromhex(key(view, *dialects.question(view, row)))[:16]
 
 
 def _write(view: str, folders: Mapping[str, Path], shares: list[Share], writer: corpus.Writer) -> None:

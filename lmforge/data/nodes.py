@@ -39,8 +39,9 @@ class Data(StepNode):
 class PyStdlib(Data):
     """The running Python's standard library: files, (signature + docstring -> body) pairs, and right against wrong bodies of the same length."""
 
+    code_revision = 2  # near-duplicates share a side; held-out pairs that stand in training are dropped
     exclude: Annotated[tuple[str, ...], Key("names of folders and files to leave out; * and ? match", identity=False)]  # content() covers what is left
-    heldout_fraction: Annotated[float, Key("share of the files held out, the same in every view, chosen by content", gt=0, lt=1)]
+    heldout_fraction: Annotated[float, Key("share of the files held out, the same in every view, chosen by content; near-duplicates count as one", gt=0, lt=1)]
     docstring_paragraphs: Annotated[int, Key("paragraphs of the docstring in a prompt", ge=1)]
     min_body_chars: Annotated[int, Key("shortest body that makes a pair", unit="characters", ge=1)]
     max_body_chars: Annotated[int, Key("longest body that makes a pair", unit="characters", ge=1)]
@@ -173,9 +174,13 @@ class HuggingFace(Data):
 
     def content(self, cache: Path | None) -> str:
         from lmforge.data.split import key
-        from lmforge.formats.manifest import digest, walk
+        from lmforge.formats.manifest import digest, label, walk
 
-        return digest(walk(Path(self.name), ("",)), cache) if self._local else key(self.name, str(self.revision))
+        if not self._local:
+            return key(self.name, str(self.revision))
+        root = Path(self.name)
+        paths = walk(root, ("",))
+        return key(digest(paths, cache), *(label(path, root) for path in paths))  # load_dataset derives splits from file names
 
     def run(self, context: Context) -> dict[str, Any]:
         from lmforge.data import hub, ingest
@@ -189,6 +194,7 @@ class HuggingFace(Data):
 class Mixture(Data):
     """Several sources by weight, in bytes of content; the scarcest is read max_epochs times (four are nearly as good as new data, Muennighoff et al. 2023)."""
 
+    code_revision = 2  # a prompt that one source holds out is trained on from none
     sources: Annotated[dict[str, Data], Key("any data options, under names of your own")]
     weights: Annotated[dict[str, float], Key("each source's share of the training bytes; only the ratios matter")]
     max_epochs: Annotated[float, Key("how often the source that its weight asks most of is read", gt=0)]
@@ -211,7 +217,8 @@ class Mixture(Data):
     def content(self, cache: Path | None) -> str:
         from lmforge.data.split import key
 
-        return key(*(part for name in sorted(self.sources) for part in (name, self.sources[name].content(cache))))
+        named = [(name, self.sources[name]) for name in sorted(self.sources)]
+        return key(*(part for name, one in named for part in (name, str(one.code_revision), one.content(cache))))
 
     def run(self, context: Context) -> dict[str, Any]:
         from lmforge.data.mix import mix

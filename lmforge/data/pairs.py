@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from lmforge.data.functions import Function, functions
 from lmforge.data.mutate import mutate
+from lmforge.data.overlap import Trained
 from lmforge.data.split import key, unit
 from lmforge.formats.corpus import SPLITS, ViewTally, Writer
 
@@ -49,13 +50,18 @@ class Pair:
         return key(self.prompt, self.body)
 
 
-def instruct(module: str, tree: ast.Module, text: str, split: str, rules: Rules, seen: set[str], writer: Writer) -> Iterator[Pair]:
-    """Write a module's (signature + docstring -> body) rows; yields those kept. `seen` holds the keys of earlier pairs."""
+def instruct(module: str, tree: ast.Module, text: str, split: str, rules: Rules, seen: set[str], trained: Trained, writer: Writer) -> Iterator[Pair]:
+    """Write a module's (signature + docstring -> body) rows; yields those kept. `seen` holds the keys of earlier pairs, `trained` the training side."""
     tally = writer.account.view("chat")
     for function in functions(tree, text, rules.docstring_paragraphs):
         tally.entered += 1
         pair = Pair(f"{module}:{function.name}", split, function.prompt, function.body)
-        problem = function.problem or _unfit(function, rules) or ("duplicate" if pair.key in seen else "")
+        problem = function.problem or _unfit(function, rules)
+        if split == "train" and function.prompt:
+            trained.add_prompt(function.prompt)
+        elif not problem and trained.holds(pair.prompt, pair.body):
+            problem = "in_training"
+        problem = problem or ("duplicate" if pair.key in seen else "")
         if problem:
             tally.dropped[problem] += 1
             continue

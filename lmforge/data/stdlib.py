@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lmforge.data.overlap import Trained, groups
 from lmforge.data.pairs import Pair, Rules, contrast, instruct
-from lmforge.data.split import heldout
+from lmforge.data.split import heldout, key
 from lmforge.errors import DataError
 from lmforge.formats import corpus, manifest
+
+LAST = "f" * 13  # in front of a key: the end of the order that `heldout` goes by, and above every fraction
 
 
 @dataclass(frozen=True)
@@ -26,19 +29,25 @@ class Module:
 
 
 def write(folder: Path, paths: Sequence[Path], heldout_fraction: float, rules: Rules, out: Path, progress: Callable[[int, int, str], None]) -> corpus.Account:
-    """Write all three views of a library's files (`paths` under `folder`) to `out`. Held-out rows of every view come from the same held-out files."""
+    """Write all three views of a library's files (`paths` under `folder`) to `out`.
+
+    Held-out rows of every view come from the same held-out files, near-duplicates share a side, and no held-out pair stands in the training side.
+    """
     count = len(paths)
     with corpus.Writer(out) as writer:
         modules = list(_distinct(_modules(paths, folder, writer, lambda done: progress(done, 3 * count, "reading files")), writer))
         if len(modules) < 2:
             raise DataError(str(folder), f"{len(modules)} usable .py files", "a corpus needs at least two, one of them held out")
-        held = heldout((module.digest for module in modules), heldout_fraction)
+        held = _held(modules, heldout_fraction, folder)
         pairs: list[Pair] = []
         seen: set[str] = set()
-        for done, module in enumerate(modules):
+        trained = Trained()
+        for done, module in enumerate(sorted(modules, key=lambda one: one.digest in held)):  # training first: held-out pairs are compared with all of it
             split = "heldout" if module.digest in held else "train"
             writer.write("text", split, {"text": module.text, "source": module.name})
-            pairs += instruct(module.name, module.tree, module.text, split, rules, seen, writer)
+            if split == "train":
+                trained.add(module.text)
+            pairs += instruct(module.name, module.tree, module.text, split, rules, seen, trained, writer)
             progress(count + done, 3 * count, "pairing functions")
         contrast(pairs, rules, writer, lambda done, total: progress(2 * count + count * done // total, 3 * count, "choosing wrong bodies"))
         _refuse_empty(writer.account, folder)
@@ -86,6 +95,23 @@ def _distinct(modules: Iterator[Module], writer: corpus.Writer) -> Iterator[Modu
             seen.add(module.digest)
             tally.kept += 1
             yield module
+
+
+def _held(modules: Sequence[Module], fraction: float, folder: Path) -> set[str]:
+    """Digests of the held-out files. Near-duplicates share a side, so `fraction` is of their groups; one larger than that share of all files is trained on."""
+    members: dict[int, list[str]] = {}
+    for module, group in zip(modules, groups([module.text for module in modules]), strict=True):
+        members.setdefault(group, []).append(module.digest)
+    if len(members) < 2:
+        raise DataError(str(folder), f"its {len(modules)} files are all near-duplicates, so none can be held out", "add files of another kind")
+    keyed = {_group_key(digests, large=len(digests) > max(1, fraction * len(modules))): digests for digests in members.values()}
+    return {digest for one in heldout(keyed, fraction) for digest in keyed[one]}
+
+
+def _group_key(digests: Sequence[str], *, large: bool) -> str:
+    """What decides a group's side: its smallest digest, hashed again, because the smallest of many is nearly always below a fraction."""
+    found = key(min(digests))
+    return LAST + found[len(LAST) :] if large else found
 
 
 def _refuse_empty(account: corpus.Account, folder: Path) -> None:

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmforge.errors import RunError
 from lmforge.eval.bigram import bigram_perplexity
 from lmforge.eval.perplexity import choose_rows, perplexity
 from lmforge.eval.preference import choose_pairs, score_pairs, summarize, write_pairs
@@ -27,14 +26,14 @@ TOP_P = 0.95
 
 def measure(node: Perplexity, context: Context) -> dict[str, Any]:
     """Everything the node asks for that the inputs allow; the metrics also go to out/metrics.json."""
-    text, preference = context.inputs.get("tokens:text"), context.inputs.get("tokens:preference")
-    if text is None and preference is None:
-        raise RunError(context.step, "has neither held-out text nor held-out pairs to measure on", "choose data that offers the view text or preference")
+    text, chat, preference = (context.inputs.get(f"tokens:{view}") for view in ("text", "chat", "preference"))
     checkpoint = context.inputs["checkpoint"]
     model = open_model(checkpoint)
     metrics: dict[str, Any] = {}
     if text is not None:
         metrics |= _text(node, context, model, Tokens(text, "heldout"))
+    if chat is not None:
+        metrics |= _answers(node, context, model, Tokens(chat, "heldout"))
     if preference is not None:
         metrics |= _pairs(node, context, model, Tokens(preference, "heldout"))
     if node.sample_tokens:
@@ -52,6 +51,17 @@ def _text(node: Perplexity, context: Context, model: PreTrainedModel, heldout: T
     if node.bigram:
         metrics |= bigram_perplexity(Tokens(heldout.folder, "train"), heldout, rows)
     return metrics
+
+
+def _answers(node: Perplexity, context: Context, model: PreTrainedModel, heldout: Tokens) -> dict[str, Any]:
+    """Perplexity of the assistant's turns given what came before them: what SFT is trained on."""
+    rows = choose_rows(heldout, node.max_tokens)
+    found = perplexity(model, heldout, rows, batch_tokens=node.batch_tokens, progress=context.report.progress)
+    return {
+        "answer_perplexity": found.perplexity,
+        "answer_perplexity_standard_error": found.perplexity_standard_error,
+        "answer_tokens": found.tokens,
+    }
 
 
 def untrained(model: PreTrainedModel) -> PreTrainedModel:

@@ -46,12 +46,12 @@ class NoEval(Eval):
 
 @register("eval", "perplexity")
 class Perplexity(Eval):
-    """Held-out perplexity by token (torchmetrics), and preference accuracy on held-out pairs.
+    """Held-out perplexity by token (torchmetrics) of text and of assistants' answers, and preference accuracy, on what the root data holds out.
 
     Accuracy is the share of pairs with log p(chosen) > log p(rejected), summed over the answer and its end token; a tie counts half.
     """
 
-    consumes: ClassVar[tuple[str, ...]] = ("checkpoint", "tokens:text", "tokens:preference")
+    consumes: ClassVar[tuple[str, ...]] = ("checkpoint", "tokens:text", "tokens:chat", "tokens:preference")
 
     after: Annotated[Literal["all", "last"], AFTER]
     batch_tokens: Annotated[int, Key("tokens in one forward pass, padding included", unit="tokens", ge=1, identity=False)]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torchmetrics.text import Perplexity
 
 from lmforge.errors import CheckpointError, DataError
-from lmforge.formats.packing import IGNORE, Row, collate, stream_rows
+from lmforge.formats.packing import IGNORE, Row, bfd_rows, collate, stream_rows
 from lmforge.formats.tokens import Tokens
 from lmforge.inference.checkpoint import context_tokens
 
@@ -42,8 +42,9 @@ class Likelihood:
 
 
 def choose_rows(tokens: Tokens, max_tokens: int | None) -> list[Row]:
-    """The split's packed rows, or as many as hold `max_tokens`, spread evenly over it. DataError where there are none."""
-    rows = stream_rows(tokens.offsets, tokens.meta["seq_len"])
+    """The split's packed rows (text as a stream, chats by best fit), or as many as hold `max_tokens`, spread evenly. DataError where there are none."""
+    pack = bfd_rows if tokens.meta["view"] == "chat" else stream_rows
+    rows: Sequence[Row] = pack(tokens.offsets, tokens.meta["seq_len"])
     if not len(rows):
         raise DataError(str(tokens.folder / tokens.split), "holds no tokens to measure on", "raise the data's held-out share")
     wanted = len(rows) if max_tokens is None else min(len(rows), max(1, max_tokens // tokens.meta["seq_len"]))

@@ -20,8 +20,8 @@ from lmforge.model.fetch import TOKENIZER_PATTERNS, weight_files
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-ATTENTION = "sdpa"
 ANSWER = "an answer"  # stands for an assistant's turn when a chat template is asked how it ends one
+REFUSALS = (ValueError, TypeError, KeyError, AssertionError, StrictDataclassError)  # what transformers and torch raise for a config they cannot build
 
 
 def from_scratch(config: Mapping[str, Any], seed: int) -> PreTrainedModel:
@@ -49,23 +49,24 @@ def from_folder(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrai
 
     Raises CheckpointError for a missing, truncated or unreadable file, and for weights that are not exactly the model's.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = Path(path)
     for file in weight_files(folder):
         _readable(file)
     try:
         with _quiet():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
-                attn_implementation=ATTENTION,
+                attn_implementation=_attention(config),
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+    except (OSError, RuntimeError, SafetensorError, *REFUSALS) as error:
         what = f"cannot be loaded: {_first_line(error)}"
         raise CheckpointError(str(folder), what, "its config.json and weights must be of one model that transformers knows") from error
     model: PreTrainedModel = loaded[0]
@@ -113,10 +114,25 @@ def save(model: PreTrainedModel, tokenizer_folder: str | Path, out: str | Path) 
 def _construct(config: Mapping[str, Any]) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        _config(config), dtype=torch.float32, attn_implementation=ATTENTION
-    )
+    made = _config(config)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            made, dtype=torch.float32, attn_implementation=_attention(made)
+        )
+    except REFUSALS as error:
+        raise ConfigError("model", f"transformers cannot build this config: {_first_line(error)}", "mend the config.json") from error
     return model
+
+
+def _attention(config: PreTrainedConfig) -> str:
+    """torch's fused attention, or "eager" for a class that has none of it (Gemma 2 caps its attention scores).
+
+    Both keep packed documents apart by their position ids alone, for every family of `lmforge.model.families`.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "sdpa" if getattr(known, "_supports_sdpa", False) else "eager"
 
 
 def _config(config: Mapping[str, Any]) -> PreTrainedConfig:
@@ -130,7 +146,7 @@ def _config(config: Mapping[str, Any]) -> PreTrainedConfig:
         raise ConfigError("model", f"transformers has no causal language model of model_type {model_type!r}", "name a model that generates text")
     try:
         return CONFIG_MAPPING[model_type](**plain)
-    except (TypeError, ValueError, StrictDataclassError) as error:  # transformers' own validation
+    except REFUSALS as error:
         raise ConfigError("model", f"transformers refuses this config: {_first_line(error)}", "mend the config.json") from error
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lmforge.errors import CheckpointError
-from lmforge.model.source import local_folder
+from lmforge.model.source import local_folder, pinned, snapshot
 from lmforge.registry import Key, register
 from lmforge.step import Context, StepNode
 
@@ -32,18 +32,21 @@ PATTERNS = ("*.safetensors", "*.json", *TOKENIZER_PATTERNS)
 
 @register("step", "weights")
 class FetchWeights(StepNode):
-    """Weights that a config names, from a local folder or the hub, as a checkpoint. Safetensors only."""
+    """Weights that a config names, from a local folder or the hub, as a checkpoint. Safetensors only.
+
+    A hub id that is not pinned to a commit is a step by its name alone: once done it stays as it is, whatever the hub has since.
+    """
 
     produces = "checkpoint"
 
     # What they are is identity; where they lie is not.
     source: Annotated[str, Key("a local folder or a hub id", identity=False)]
-    revision: Annotated[str | None, Key("hub commit; null = the hub's newest", identity=False)]
+    revision: Annotated[str | None, Key("hub commit; null = the newest when the step runs", identity=False)]
     fingerprint: Annotated[str, Key("what the weights are: the folder's digest, or hub id @ commit")]
 
     @classmethod
     def of(cls, source: str, revision: str | None, cache: Path | None) -> FetchWeights:
-        """The step for a source: a folder is hashed (`cache` remembers it), a hub id counts with the revision given, so pin it.
+        """The step for a source: a folder is hashed (`cache` remembers it), a hub id counts with its `@<commit>` or `revision`, so pin it.
 
         A folder with only a config.json will do for a plan; `run` asks for the weights.
         """
@@ -52,21 +55,23 @@ class FetchWeights(StepNode):
             _model_folder(folder)
             return cls(source=str(folder.resolve()), revision=None, fingerprint=folder_digest(folder, cache))
         # Not the commit the local cache happens to hold: fetching the weights must not make them other weights.
-        return cls(source=source, revision=revision, fingerprint=f"{source}@{revision or 'main'}")
+        name, commit = pinned(source, revision)
+        return cls(source=name, revision=commit, fingerprint=f"{name}@{commit or 'main'}")
 
     def run(self, context: Context) -> dict[str, Any]:
-        """Links (or, where links fail, copies) every file of the model into `context.out`."""
+        """Puts every file of the model into `context.out`, where it outlives the source; `commit` in the metrics is the one the hub gave."""
         local = local_folder(self.source)
-        folder = local or _download(self.source, self.revision)
+        folder = local or snapshot(self.source, self.revision, PATTERNS)
         weights = weight_files(folder)
         if local and folder_digest(local, None) != self.fingerprint:
             raise CheckpointError(self.source, "its files changed after the plan was made", "run again")
         files = list(_files(folder))
         context.out.mkdir(parents=True, exist_ok=True)
         for done, path in enumerate(files, 1):
-            _link(path.resolve(), context.out / path.name)
+            _take(path.resolve(), context.out / path.name)
             context.report.progress(done, len(files), path.name)
-        return {"files": len(files), "weight_bytes": sum(path.stat().st_size for path in weights)}
+        made: dict[str, Any] = {"files": len(files), "weight_bytes": sum(path.stat().st_size for path in weights)}
+        return made if local else {**made, "commit": folder.name}
 
 
 def folder_digest(folder: Path, cache: Path | None) -> str:
@@ -115,25 +120,26 @@ def _model_folder(folder: Path) -> None:
         raise CheckpointError(str(folder), "has no config.json", "name a folder in Hugging Face format")
 
 
-def _download(source: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+def _take(source: Path, out: Path) -> None:
+    """`source`, a real file, as `out`: weights are hard-linked where that is possible, all else is copied. Atomic: linked or copied beside, then renamed.
 
+    Moving, deleting or replacing the source leaves a hard link as it is. Only writing into the very same file would show through; safetensors and
+    the hub's cache never do, but writers of small files do, and those cost nothing to copy.
+    """
+    partial = out.with_name(f".{out.name}.partial")
+    partial.unlink(missing_ok=True)  # what an interrupted run left
+    if not (source.suffix == ".safetensors" and _hard_linked(source, partial)):
+        shutil.copyfile(source, partial)
+    out.unlink(missing_ok=True)  # a rename onto another link to the same file does nothing, and would leave both
+    os.replace(partial, out)
+
+
+def _hard_linked(source: Path, link: Path) -> bool:
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(PATTERNS)))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        what = f"not in the local cache and the hub did not answer ({type(error).__name__})"
-        raise CheckpointError(source, what, "give a local folder, or run once with a network") from error
-
-
-def _link(target: Path, link: Path) -> None:
-    link.unlink(missing_ok=True)  # what an interrupted run left
-    try:
-        link.symlink_to(target)
-    except OSError:  # a file system without links
-        partial = link.with_name(f".{link.name}.partial")
-        shutil.copy2(target, partial)
-        os.replace(partial, link)
+        os.link(source, link)
+    except OSError:  # another file system, one without links, or a file of another user
+        return False
+    return True
 
 
 def _read_cache(cache: Path | None) -> dict[str, str]:

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 from lmforge.errors import Problem
+from lmforge.formats.store import hub_id
 from lmforge.model import dial
+from lmforge.model.agree import VOLATILE
 from lmforge.model.fetch import FetchWeights
 from lmforge.model.fetch_tokenizer import FetchTokenizer
 from lmforge.model.source import local_folder, read_config
@@ -24,7 +26,7 @@ class Model(Node):
     group = "model"
 
     # Not identity: named weights are a step of their own, whose content is hashed; a path never is.
-    pretrained: Annotated[str | None, Key("weights to start from: a local folder or a hub id; null = none", identity=False)]
+    pretrained: Annotated[str | None, Key("weights to start from: a local folder or a hub id (org/name, org/name@<commit>); null = none", identity=False)]
     revision: Annotated[str | None, Key("hub commit of those weights; null = the hub's newest", identity=False)]
     tokenizer: Annotated[Tokenizer, Key("where the tokenizer comes from")]
 
@@ -37,6 +39,8 @@ class Model(Node):
             yield Problem(f"{where}.revision", "is a commit of weights that are not named", f"set {where}.pretrained, or null")
         elif self.revision and self.pretrained and local_folder(self.pretrained):
             yield Problem(f"{where}.revision", f"{self.pretrained} is a local folder, which has no commits", f"set {where}.revision=null")
+        elif self.revision and self.pretrained and (found := hub_id(self.pretrained)) and found[1] not in (None, self.revision):
+            yield Problem(f"{where}.revision", f"{self.pretrained} is pinned to another commit than {self.revision}", f"set {where}.revision=null")
 
 
 @node
@@ -186,10 +190,11 @@ class Dial(Model):
 class HuggingFace(Model):
     """Any causal language model by its config.json: a local folder (weights not needed to plan) or a hub id."""
 
-    pretrained: Annotated[str, Key("a local folder or a hub id; its config.json decides the model", identity=False)]
+    pretrained: Annotated[str, Key("a local folder or a hub id (org/name, org/name@<commit>); its config.json decides the model", identity=False)]
 
     def config(self) -> dict[str, Any]:
-        return read_config(self.pretrained, self.revision, "model.pretrained")
+        """What config.json says of the architecture: which version wrote it, where and in which dtype, is no part of that."""
+        return {key: value for key, value in read_config(self.pretrained, self.revision, "model.pretrained").items() if key not in VOLATILE}
 
 
 def divides(where: str, part: int, parts: str, whole: int, name: str) -> Iterator[Problem]:

@@ -1,21 +1,20 @@
 """Where named weights are: a local folder or a hub id, and its config.json, read without torch or transformers.
 
-A hub id is looked up in the local Hugging Face cache first, by huggingface_hub's own rules (HF_HUB_CACHE, HF_HOME,
-XDG_CACHE_HOME), and downloaded only when it is not there.
+A hub id may be pinned: `org/name@<commit>`. It is looked up in the local Hugging Face cache first, and downloaded only when
+it is not there. Without a commit it means the hub's newest: a plan reads the config.json of whatever `main` the local cache
+holds, and the step that fetches the weights asks the hub again and records the commit it got.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lmforge.errors import ConfigError
+from lmforge.errors import CheckpointError, ConfigError
+from lmforge.formats.store import hub_cache, hub_id, hub_repository
 from lmforge.model.families import known
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def local_folder(source: str) -> Path | None:
@@ -44,14 +43,23 @@ def read_config(source: str, revision: str | None, where: str) -> dict[str, Any]
     return config
 
 
-def hub_cache() -> Path:
-    """The hub's cache folder, by huggingface_hub's rules."""
-    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    return Path(os.path.expandvars(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))).expanduser()
+def pinned(source: str, revision: str | None) -> tuple[str, str | None]:
+    """A hub id without its `@<commit>`, and the revision that is meant: that commit, or else `revision`."""
+    name, commit = hub_id(source) or (source, None)
+    return name, commit or revision
 
 
-def _repository(source: str) -> Path:
-    return hub_cache() / f"models--{source.replace('/', '--')}"
+def snapshot(source: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The files of a hub id that match, in the local cache: a folder named after the commit. CheckpointError where the hub does not answer."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    name, commit = pinned(source, revision)
+    try:
+        return Path(snapshot_download(name, revision=commit, allow_patterns=list(patterns)))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        what = f"not in the local cache and the hub did not answer ({type(error).__name__})"
+        raise CheckpointError(source, what, "give a local folder, or run once with a network") from error
 
 
 def _commit(repository: Path, revision: str | None) -> str | None:
@@ -64,12 +72,14 @@ def _commit(repository: Path, revision: str | None) -> str | None:
 
 
 def _hub_config(source: str, revision: str | None, where: str) -> Path:
-    if not HUB_ID.fullmatch(source):
-        raise ConfigError(where, f"{source!r} is neither a folder that exists nor a hub id", "a hub id reads org/name")
-    repository = _repository(source)
+    if hub_id(source) is None:
+        what = f"{source!r} is neither a folder that exists nor a hub id"
+        raise ConfigError(where, what, "a hub id reads org/name, or org/name@<commit> with all its 40 hex digits")
+    name, revision = pinned(source, revision)
+    repository = hub_repository(name)
     commit = _commit(repository, revision)
     cached = repository / "snapshots" / (commit or "main") / "config.json"
-    return cached if cached.is_file() else _download_config(source, revision, where)
+    return cached if cached.is_file() else _download_config(name, revision, where)
 
 
 def _download_config(source: str, revision: str | None, where: str) -> Path:

@@ -45,8 +45,8 @@ class Optimizer(Node):
         """The torch optimizers that together update every given parameter once."""
         raise NotImplementedError
 
-    def state_bytes(self, shape: tuple[int, ...], name: str) -> int:
-        """Bytes of optimizer state for one fp32 parameter, without the scalar step counter."""
+    def state_bytes(self, shape: tuple[int, ...], name: str, param_bytes: int) -> int:
+        """Bytes of state for one parameter with `param_bytes` an element, without the scalar step counter; torch's states have the parameter's dtype."""
         raise NotImplementedError
 
 
@@ -59,7 +59,7 @@ class Sgd(Optimizer):
 
         return [torch.optim.SGD(split_decay(named_parameters, self.weight_decay), lr=self.lr, fused=True)]
 
-    def state_bytes(self, shape: tuple[int, ...], name: str) -> int:
+    def state_bytes(self, shape: tuple[int, ...], name: str, param_bytes: int) -> int:
         return 0
 
 
@@ -76,8 +76,8 @@ class Momentum(Optimizer):
         groups = split_decay(named_parameters, self.weight_decay)
         return [torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=True)]
 
-    def state_bytes(self, shape: tuple[int, ...], name: str) -> int:
-        return FP32_BYTES * numel(shape)
+    def state_bytes(self, shape: tuple[int, ...], name: str, param_bytes: int) -> int:
+        return param_bytes * numel(shape)
 
 
 @register("optimizer", "adam")
@@ -93,8 +93,8 @@ class Adam(Optimizer):
 
         return [torch.optim.Adam(split_decay(named_parameters, self.weight_decay), lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)]
 
-    def state_bytes(self, shape: tuple[int, ...], name: str) -> int:
-        return 2 * FP32_BYTES * numel(shape)
+    def state_bytes(self, shape: tuple[int, ...], name: str, param_bytes: int) -> int:
+        return 2 * param_bytes * numel(shape)
 
 
 @register("optimizer", "adamw")
@@ -110,8 +110,8 @@ class AdamW(Optimizer):
 
         return [torch.optim.AdamW(split_decay(named_parameters, self.weight_decay), lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)]
 
-    def state_bytes(self, shape: tuple[int, ...], name: str) -> int:
-        return 2 * FP32_BYTES * numel(shape)
+    def state_bytes(self, shape: tuple[int, ...], name: str, param_bytes: int) -> int:
+        return 2 * param_bytes * numel(shape)
 
 
 @register("optimizer", "adamw_8bit")
@@ -133,8 +133,11 @@ class AdamW8bit(Optimizer):
         groups = split_decay(named_parameters, self.weight_decay)
         return [library.AdamW8bit(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, min_8bit_size=BNB_SMALLEST)]
 
-    def state_bytes(self, shape: tuple[int, ...], name: str) -> int:
-        """Two bytes an element and two fp32 scales a block; the two 1 KiB code tables are shared by all tensors and not counted."""
+    def state_bytes(self, shape: tuple[int, ...], name: str, param_bytes: int) -> int:
+        """Two bytes an element and two fp32 scales a block; the two 1 KiB code tables are shared by all tensors and not counted.
+
+        None of it follows the parameter's dtype.
+        """
         count = numel(shape)
         if count < BNB_SMALLEST:
             return 2 * FP32_BYTES * count
@@ -155,9 +158,9 @@ class Adafactor(Optimizer):
         groups = split_decay(named_parameters, self.weight_decay)
         return [torch.optim.Adafactor(groups, lr=self.lr, beta2_decay=self.beta2_decay, eps=(None, self.eps), d=self.update_clip)]
 
-    def state_bytes(self, shape: tuple[int, ...], name: str) -> int:
+    def state_bytes(self, shape: tuple[int, ...], name: str, param_bytes: int) -> int:
         count = numel(shape)
-        return FP32_BYTES * (count if len(shape) < 2 else count // shape[-1] + count // shape[-2])
+        return param_bytes * (count if len(shape) < 2 else count // shape[-1] + count // shape[-2])
 
 
 @register("optimizer", "muon")
@@ -199,8 +202,8 @@ class Muon(Optimizer):
             made.append(torch.optim.AdamW(groups, lr=self.adamw_lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True))
         return made
 
-    def state_bytes(self, shape: tuple[int, ...], name: str) -> int:
-        return (1 if self._orthogonal(name, shape) else 2) * FP32_BYTES * numel(shape)
+    def state_bytes(self, shape: tuple[int, ...], name: str, param_bytes: int) -> int:
+        return (1 if self._orthogonal(name, shape) else 2) * param_bytes * numel(shape)
 
     @staticmethod
     def _orthogonal(name: str, shape: tuple[int, ...]) -> bool:

@@ -30,7 +30,10 @@ class Parallel(Node):
     axis: ClassVar[str] = "dp_replicate"  # the axis that all devices lie on
 
     micro_batch_size: Annotated[int | None, Key("rows per device and pass; null = the compiler picks", unit="rows", gt=0)]
-    activation_checkpointing: Annotated[Literal["none", "full"], Key("full = keep only each layer's input and recompute the rest in backward")]
+    activation_checkpointing: Annotated[
+        Literal["none", "selective", "full"],
+        Key("recomputed in backward: selective = all of a layer but its matrix products and attention, full = all but its input"),
+    ]
     compile: Annotated[bool, Key("torch.compile each decoder layer")]
 
     def world(self, available: int) -> int:
@@ -50,7 +53,7 @@ class Parallel(Node):
         return False
 
     def strategy_args(self) -> dict[str, Any]:
-        """The emitted strategy as plain data: what `plan` prints and `run` hands to the back end."""
+        """The emitted strategy as plain data, for the plan: `strategy`, `activation_checkpointing`, `compile`, and what a subclass adds."""
         return {"strategy": self.type, "activation_checkpointing": self.activation_checkpointing, "compile": self.compile}
 
     @property
@@ -64,7 +67,7 @@ class Parallel(Node):
         return self.type
 
     def strategy(self, accelerator: str, devices: int, reduce_dtype: str) -> Strategy:
-        """The Lightning strategy for `cpu` or `cuda`; RunError where this option only plans."""
+        """The Lightning strategy for `cpu` or `cuda`, gradients summed in `reduce_dtype`; RunError where this option only plans."""
         raise RunError(f"parallel={self.option}", NOT_YET, INSTEAD)
 
 
@@ -102,7 +105,7 @@ class DDP(Several):
     def strategy(self, accelerator: str, devices: int, reduce_dtype: str) -> Strategy:
         from lmforge.parallel import strategies
 
-        return strategies.ddp(accelerator, reduce_dtype)
+        return strategies.ddp(accelerator, reduce_dtype) if devices > 1 else strategies.single(accelerator)
 
 
 @register("parallel", "fsdp")

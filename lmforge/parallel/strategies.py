@@ -21,7 +21,8 @@ class ReducingDDP(DDPStrategy):
     """DDP that averages gradients in `reduce_dtype`, on CPU too, where Lightning drops a hook unsaid and torch refuses its own."""
 
     def __init__(self, backend: str, reduce_dtype: str) -> None:
-        super().__init__(process_group_backend=backend, gradient_as_bucket_view=True)
+        # A language model's buffers are constants, so that they need no broadcast.
+        super().__init__(process_group_backend=backend, gradient_as_bucket_view=True, broadcast_buffers=False)
         self.reduce_dtype = reduce_dtype
 
     def configure_ddp(self) -> None:

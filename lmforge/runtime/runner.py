@@ -35,11 +35,11 @@ def run(plan: Plan, console: Console) -> dict[str, Any]:
     """Make the plan true; returns the metrics of each step. Ctrl-C leaves every finished step and the last state in place."""
     runnable(plan)
     workspace = Workspace(plan.experiment.output)
-    workspace.prepare()
     statuses = workspace.statuses(plan)
     for step in plan.steps:
         if statuses[step.name].state != "done":
             step.spec.preflight()
+    workspace.prepare()
     console.print(render(plan, statuses), highlight=False, markup=False, soft_wrap=True)
     started = time.monotonic()
     fresh = any(status.state != "done" for status in statuses.values())
@@ -88,7 +88,7 @@ def _ensure(job: Job, plan: Plan, workspace: Workspace, console: Console) -> Non
     step = job.step
     if workspace.is_done(step):
         return
-    with workspace.lock(step):
+    with workspace.lock(step, lambda line: console.print(line, highlight=False, markup=False)):
         if workspace.is_done(step):
             return
         try:
@@ -103,7 +103,7 @@ def _ensure(job: Job, plan: Plan, workspace: Workspace, console: Console) -> Non
 
 def _run(job: Job, plan: Plan, workspace: Workspace, console: Console) -> None:
     step = job.step
-    job.folder.mkdir(parents=True, exist_ok=True)
+    workspace.clean(step)
     resumed = _resumed_from(job.folder)
     tracker = _tracker(step, plan, job.folder, resumed, console)
     lines = Metrics(job.folder / "metrics.jsonl")

@@ -74,18 +74,19 @@ def evaluations(plan: Plan, metrics: Metrics) -> Iterator[tuple[str, Mapping[str
 
 def table(rows: Sequence[tuple[str, Mapping[str, Any]]], metrics: Metrics) -> Table:
     """A row per checkpoint; columns for what was measured."""
-    if not any("perplexity" in one or "preference_accuracy" in one for _, one in rows):
+    if not any({"perplexity", "answer_perplexity", "preference_accuracy"} & one.keys() for _, one in rows):
         return scores(rows)
-    shown = Table("checkpoint", "held-out perplexity", "bits per byte", "preference accuracy", "size on disk")
+    shown = Table("checkpoint", "held-out perplexity", "bits per byte", "answer perplexity", "preference accuracy", "size on disk")
     untrained = next((one["untrained_perplexity"] for _, one in rows if "untrained_perplexity" in one), None)
     if untrained is not None:
-        shown.add_row("untrained", _number(untrained), "", "", "")
+        shown.add_row("untrained", _number(untrained), "", "", "", "")
     for name, one in rows:
         size = metrics.get(name, {}).get("bytes_after")
         shown.add_row(
             name,
             _with_error(one.get("perplexity"), one.get("perplexity_standard_error")),
             _number(one.get("bits_per_byte")),
+            _with_error(one.get("answer_perplexity"), one.get("answer_perplexity_standard_error")),
             _with_error(one.get("preference_accuracy"), one.get("preference_accuracy_standard_error")),
             gib(size) if size else "",
         )

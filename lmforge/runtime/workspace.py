@@ -6,8 +6,9 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Workspace:
     def folder(self, step: Step) -> Path:
         """The step's folder; a finished one of the same digest counts whatever name it was made under."""
         mine = store.steps(self.output) / f"{step.name}-{step.digest}"
-        if not mine.exists() and store.steps(self.output).is_dir():
+        if not (mine / store.STEP_FILE).is_file():
             for other in store.steps(self.output).glob(f"*-{step.digest}"):
                 if (other / store.STEP_FILE).is_file():
                     return other
@@ -73,13 +74,25 @@ class Workspace:
         return store.read_json(max(files, key=lambda file: file.stat().st_mtime)) if files else None
 
     @contextlib.contextmanager
-    def lock(self, step: Step) -> Iterator[None]:
-        """One process makes a step; others wait. The kernel lets go when the holder dies, however it dies."""
+    def lock(self, step: Step, say: Callable[[str], None]) -> Iterator[None]:
+        """One process makes a step; others wait, and say so. The kernel lets go when the holder dies, however it dies."""
         folder = store.steps(self.output) / ".locks"
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / step.digest).open("w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"{step.name}: another process is making it; waiting")
+                fcntl.flock(handle, fcntl.LOCK_EX)
             yield
+
+    def clean(self, step: Step) -> Path:
+        """The step's folder, ready to run in: what an interrupted run left stays only where a state says how to go on from it."""
+        folder = self.folder(step)
+        if not (folder / "state").is_dir():
+            shutil.rmtree(folder / step.produces, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def finish(self, step: Step, metrics: Mapping[str, Any], seconds: float, versions: Mapping[str, str]) -> None:
         """Write step.json, last and atomically: from here on the step is done."""
@@ -94,7 +107,9 @@ class Workspace:
             "versions": dict(versions),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        write_json(self.folder(step) / store.STEP_FILE, record)
+        folder = self.folder(step)
+        write_json(folder / store.STEP_FILE, record)
+        shutil.rmtree(folder / "state", ignore_errors=True)  # only now is there nothing left to go on from
 
     def open_run(self, plan: Plan) -> Path:
         """A new folder under runs/, with the plan in it."""
@@ -134,5 +149,7 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def _why(older: Mapping[str, Any], step: Step) -> str:
+    if older["step"]["content"] != step.content:
+        return f"its {'model' if step.stage == 'pretrain' else 'data'} changed"
     keys = [f"{key} {left} -> {right}" for key, left, right in changes(older.get("identity", {}), encode(step.spec, identity=True))]
     return ", ".join(keys[:3]) or "what it consumes changed"

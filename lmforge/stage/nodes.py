@@ -33,7 +33,7 @@ class Budget(Node):
         """Exactly one of the four."""
         given = [name for name in ("tokens", "steps", "flops", "tokens_per_parameter") if getattr(self, name) is not None]
         if len(given) != 1:
-            said = f"{' and '.join(given)} are both set" if given else "no budget is set"
+            said = f"{' and '.join(given)} are set" if given else "no budget is set"
             yield Problem(where, said, "give exactly one of tokens, steps, flops, tokens_per_parameter")
 
 
@@ -59,7 +59,7 @@ class TrainingStage(Stage):
     init_from: Annotated[
         str | None, Key("weights to start from: a folder, a hub id or a run; null = the stage before it, or the weights the model names", identity=False)
     ]
-    seq_len: Annotated[int | None, Key("tokens in a sequence; null = the model's context", "tokens", gt=0)]
+    seq_len: Annotated[int | None, Key("tokens in a sequence; null = the model's context", "tokens", ge=2)]
     budget: Annotated[Budget, Key("how much to train")]
     data: Annotated[Data, Key("where the examples come from; the content counts, not the path", identity=False)]
     optimizer: Annotated[Optimizer, Key("optimizer, schedule and batch")]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from lmforge.formats.tokens import Tokens
 from lmforge.model import build
@@ -60,16 +61,19 @@ def recipe(stage: TrainingStage) -> Recipe:
         compute_dtype=stage.precision.compute_dtype,
         reduce_dtype=stage.precision.reduce_dtype,
         loss_scale=stage.precision.loss_scale,
-        activation_checkpointing=stage.parallel.activation_checkpointing,
-        compile=stage.parallel.compile,
+        parallel=stage.parallel,
         log_every=stage.log_every,
         save_every_s=stage.save_every_s,
     )
 
 
 def reference(context: Context) -> dict[str, Any]:
-    """Log-probs of every preference example under the incoming policy, dropout off, one file a split."""
-    model = build.from_folder(context.inputs["checkpoint"])
+    """Log-probs of every preference example under the incoming policy, dropout off, one file a split.
+
+    In float32 on the accelerator, where there is one. They are computed once and kept, so they are as exact as they can be, whatever dtype
+    the policy then computes in: its log-ratios start at 0 up to the rounding of that dtype.
+    """
+    model = build.from_folder(context.inputs["checkpoint"], torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
     counted = {}
     for done, split in enumerate(SPLITS):
         context.report.progress(done, len(SPLITS), split)

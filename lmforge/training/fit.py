@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
@@ -74,17 +73,13 @@ def _refuse(recipe: Recipe, world: int) -> None:
 
 def _trainer(recipe: Recipe, context: Context, world: int) -> Trainer:
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    strategy = recipe.parallel.strategy(accelerator, world, recipe.reduce_dtype)
     # barebones: no logger, bar, checkpoint, summary or validation of Lightning's
-    shared: dict[str, Any] = {"accelerator": accelerator, "barebones": True, "use_distributed_sampler": False, "max_epochs": 1}
+    shared: dict[str, Any] = {"accelerator": accelerator, "strategy": strategy, "barebones": True, "use_distributed_sampler": False, "max_epochs": 1}
     if world == 1:
         return Trainer(devices=1, plugins=[LightningEnvironment()], default_root_dir=context.folder, **shared)
     local = int(os.environ["LOCAL_WORLD_SIZE"])
-    strategy = DDPStrategy(
-        process_group_backend="gloo" if accelerator == "cpu" else "nccl",
-        broadcast_buffers=False,  # a language model's buffers are constants
-        gradient_as_bucket_view=True,
-    )
-    return Trainer(devices=local, num_nodes=world // local, strategy=strategy, default_root_dir=context.folder, **shared)
+    return Trainer(devices=local, num_nodes=world // local, default_root_dir=context.folder, **shared)
 
 
 def _run(trainer: Trainer, module: TrainingModule, loader: DataLoader[Any]) -> None:

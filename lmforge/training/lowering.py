@@ -1,4 +1,4 @@
-"""How a model is run: its dtype, recomputed activations, compiled blocks, and the dtype gradients are summed in."""
+"""How a model is run: its dtype, recomputed activations and compiled blocks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -26,27 +25,18 @@ KEPT = {
 def lower(model: Any, recipe: Recipe) -> None:
     """Turn on what the recipe asks for, in place, on a transformers model."""
     model.to(getattr(torch, recipe.param_dtype))
-    if recipe.activation_checkpointing != "none":
+    if recipe.parallel.activation_checkpointing != "none":
         options: dict[str, Any] = {"use_reentrant": False}
-        if recipe.activation_checkpointing == "selective":
+        if recipe.parallel.activation_checkpointing == "selective":
             options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    if recipe.compile:
+    if recipe.parallel.compile:
         for block in blocks(model):
             block.compile()
 
 
 def _policy(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def reduce_in(dtype: torch.dtype, bucket: Any) -> torch.futures.Future[torch.Tensor]:
-    """DDP's communication hook: the mean of a bucket of gradients over ranks, summed in `dtype`."""
-    buffer = bucket.buffer()
-    shared = buffer.to(dtype).div_(dist.get_world_size())
-    future = dist.all_reduce(shared, async_op=True).get_future()
-    result: torch.futures.Future[torch.Tensor] = future.then(lambda done: buffer.copy_(done.value()[0]))
-    return result
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -16,17 +16,17 @@ from torch.optim import Optimizer
 
 from lmforge.step import Report
 from lmforge.training import state
-from lmforge.training.lowering import reduce_in
 from lmforge.training.meter import Meter
 from lmforge.training.objective import Objective
 from lmforge.training.order import GlobalBatch
 from lmforge.training.randomness import seed_step
 from lmforge.training.recipe import Recipe
-from lmforge.training.signals import StopSignals
+from lmforge.training.signals import StopSignals, StopVote
 
 
 class TrainingModule(LightningModule):
-    """Gradients of sum(loss) / sum(weight) over all micro-batches and ranks; the host waits for the device at log intervals only.
+    """Gradients of sum(loss) / sum(weight) over all micro-batches and ranks; the host waits for the device at log intervals only
+    (and in each step where it must know: of an overflow under loss scaling, and that another rank is to stop).
 
     `resumed` is what `state.load` gave, `folder` where the next state goes. `last` holds the metrics of the last interval.
     """
@@ -54,15 +54,12 @@ class TrainingModule(LightningModule):
     def on_train_start(self) -> None:
         self.model.train()  # from_pretrained leaves a model in evaluation mode
         self.meter = Meter(self.device)
+        self.vote = StopVote(self.device)
         enabled = self.recipe.loss_scale is not None
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=self.recipe.loss_scale or 1.0, enabled=enabled)
         if self.resumed is not None:
             self._restore(self.resumed)
             self.resumed = None
-        if self.trainer.world_size > 1 and self.recipe.reduce_dtype != self.recipe.param_dtype:
-            ddp: Any = self.trainer.model  # not by Lightning's ddp_comm_hook, which it ignores on a CPU
-            # A lambda, since DDP compares annotations with its classes and ours are strings.
-            ddp.register_comm_hook(getattr(torch, self.recipe.reduce_dtype), lambda dtype, bucket: reduce_in(dtype, bucket))
         self.signals.install()  # after Lightning's own, which would end the process in the middle of things
         self.saved_at = self.interval_start = time.monotonic()
         self.started = self.interval_start - self.elapsed_s
@@ -81,7 +78,7 @@ class TrainingModule(LightningModule):
             self._log()
 
     def on_train_batch_end(self, outputs: Any, batch: GlobalBatch, batch_index: int) -> None:
-        stop = self._stop_requested()
+        stop = self.vote.wanted() if dist.is_initialized() else self.signals.requested
         late = time.monotonic() - self.saved_at >= self.recipe.save_every_s
         if (stop or late) and self.done < self.recipe.steps:
             self.save_state()
@@ -95,9 +92,7 @@ class TrainingModule(LightningModule):
 
     def _backward(self, batch: GlobalBatch) -> Tensor:
         """Gradients of the global batch's mean loss; returns this rank's share of its sum [scalar]."""
-        weight = batch.weight.to(torch.float64)
-        if dist.is_initialized():
-            dist.all_reduce(weight)
+        weight = self.vote.ask(batch.weight, self.signals.requested)
         # DDP averages over ranks, so the world size takes that mean back.
         scale = (self.trainer.world_size / weight.clamp_min(1)).float()
         total = torch.zeros((), device=self.device)
@@ -124,7 +119,7 @@ class TrainingModule(LightningModule):
         return torch.autocast(self.device.type, dtype=compute if enabled else None, enabled=enabled)
 
     def _update(self, step: int, loss: Tensor) -> None:
-        """Clip, step and clear the gradients; with loss scaling a step whose gradients overflowed is skipped."""
+        """Clip, step and clear the gradients; with loss scaling a step in which any gradient overflowed is skipped whole."""
         for optimizer in self.torch_optimizers:
             self.scaler.unscale_(optimizer)
         gradients = [parameter.grad for parameter in self.trainable if parameter.grad is not None]
@@ -133,19 +128,23 @@ class TrainingModule(LightningModule):
         self.meter.watch(step, loss, *(() if self.scaler.is_enabled() else (norm,)))
         if self.recipe.optimizer.grad_clip is not None:
             clip_grads_with_norm_(self.trainable, self.recipe.optimizer.grad_clip, norm)
+        overflowed = self._overflowed()
         for optimizer in self.torch_optimizers:
-            self.scaler.step(optimizer)
+            if not overflowed:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.scaler.update()
 
-    def _stop_requested(self) -> bool:
-        if not dist.is_initialized():
-            return self.signals.requested
-        if self.done % self.recipe.log_every:
-            return False  # ranks agree where they wait for each other anyway
-        flag = torch.tensor(float(self.signals.requested), device=self.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+    def _overflowed(self) -> bool:
+        """Whether a gradient of any optimizer overflowed; moves the loss scale, once for all of them.
+
+        Not by `scaler.step`, which decides for each optimizer by itself, though clipping has mixed their gradients. Ranks hold the same
+        averaged gradients, so they decide alike. Waits for the device where there is a loss scale.
+        """
+        if not self.scaler.is_enabled():
+            return False
+        before = self.scaler.get_scale()
+        self.scaler.update()
+        return not 0 < before <= self.scaler.get_scale()
 
     # What is said and kept
 

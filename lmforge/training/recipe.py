@@ -7,6 +7,7 @@ from typing import Literal
 
 from lmforge.errors import RunError
 from lmforge.optimizer.nodes import Optimizer
+from lmforge.parallel.nodes import Parallel
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -24,8 +25,7 @@ class Recipe:
     compute_dtype: Dtype  # matrix products; autocast where it differs from param_dtype
     reduce_dtype: Dtype  # the sum of gradients over devices
     loss_scale: float | None  # first scale of dynamic loss scaling (float16); None = no scaling
-    activation_checkpointing: Literal["none", "selective", "full"]
-    compile: bool
+    parallel: Parallel  # how it is spread over devices, what is recomputed in backward, what is compiled
     log_every: int  # steps
     save_every_s: float  # seconds between resumable states
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, taken at the end of the running step."""
+"""Ctrl-C and SIGTERM, taken at the end of the running step, and by all ranks at the end of the same one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import threading
 from collections.abc import Mapping
 from types import FrameType
 from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -36,3 +40,27 @@ class StopSignals:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
+
+
+class StopVote:
+    """Whether any rank was asked to stop, told along with the weight of the global batch, which is summed over ranks in every step anyway."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def ask(self, weight: Tensor, stop: bool) -> Tensor:
+        """The sum of the ranks' weights [scalar, float64]; without ranks the weight itself."""
+        shared = torch.stack([weight.to(torch.float64), torch.full((), float(stop), dtype=torch.float64, device=self.device)])
+        if dist.is_initialized():
+            dist.all_reduce(shared)
+        self._votes = shared[1].to("cpu", non_blocking=True)
+        if self.device.type == "cuda":
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return shared[0]
+
+    def wanted(self) -> bool:
+        """The same answer on every rank. Waits until the device has begun the step, not until it has ended it, so that it never runs dry."""
+        if self.device.type == "cuda":
+            self._copied.synchronize()
+        return bool(self._votes)

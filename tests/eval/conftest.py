@@ -108,3 +108,15 @@ def preference_tokens(tmp_path_factory: pytest.TempPathFactory, corpus: Path, to
                 ids = [*tokenizer(answer)["input_ids"], 0]
                 examples[split].append((prompt + ids, [0] * len(prompt) + [1] * len(ids)))
     return _write(tmp_path_factory.mktemp("preference"), "preference", examples, {"train": "x", "heldout": "x"})
+
+
+@pytest.fixture(scope="session")
+def chat_tokens(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """The chosen answers as conversations: the prompt masked, the answer and its end supervised."""
+    examples: dict[str, list[tuple[list[int], list[int]]]] = {}
+    for split in ("train", "heldout"):
+        examples[split] = []
+        for row in _rows(corpus, "preference", split):
+            prompt, answer = tokenizer(row["prompt"])["input_ids"], [*tokenizer(row["chosen"])["input_ids"], 0]
+            examples[split].append((prompt + answer, [0] * len(prompt) + [1] * len(answer)))
+    return _write(tmp_path_factory.mktemp("chat"), "chat", examples, {"train": "x", "heldout": "x"})

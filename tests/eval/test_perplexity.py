@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lmforge.codec import decode
-from lmforge.errors import CheckpointError, ConfigError, RunError
+from lmforge.errors import CheckpointError, ConfigError
 from lmforge.eval.nodes import Eval, NoEval
 from lmforge.eval.perplexity import choose_rows, perplexity
 from lmforge.formats.tokens import Tokens
@@ -129,8 +129,21 @@ def test_the_node_reports_what_its_inputs_allow(tmp_path: Path, checkpoint: Path
     assert pairs["preference_pairs"] == 5
     assert pairs["sample"]["prompt"] == "def"
     assert "perplexity" not in pairs
-    with pytest.raises(RunError, match="neither held-out text nor held-out pairs"):
-        run(tmp_path / "d", {"checkpoint": checkpoint}, Report())
+
+
+def test_answers_are_measured_on_the_supervised_tokens_alone(tmp_path: Path, checkpoint: Path, chat_tokens: Path) -> None:
+    got = run(tmp_path, {"checkpoint": checkpoint, "tokens:chat": chat_tokens}, Report(), sample_tokens=0)
+    model, heldout = open_model(checkpoint), Tokens(chat_tokens, "heldout")
+    nats, counted = 0.0, 0
+    for index in range(len(heldout)):
+        ids, mask = heldout.example(index)
+        with torch.no_grad():
+            logs = model(torch.tensor(ids.astype("int64"))[None, :-1]).logits[0].double().log_softmax(-1)
+        for place in range(1, len(ids)):
+            if mask[place]:
+                nats, counted = nats - float(logs[place - 1, int(ids[place])]), counted + 1
+    assert got["answer_tokens"] == counted
+    assert got["answer_perplexity"] == pytest.approx(math.exp(nats / counted), rel=1e-5)
 
 
 def test_a_quantized_checkpoint_is_measured_like_any_other(tmp_path: Path, checkpoint: Path, text_tokens: Path) -> None:

@@ -75,9 +75,10 @@ def test_lowers_a_quadratic(name: str) -> None:
     assert losses[-1] < 0.99 * losses[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NAMES)
-def test_state_bytes_are_exact(name: str) -> None:
-    module, chosen = model(), option(name)
+def test_state_bytes_are_exact(name: str, dtype: torch.dtype) -> None:
+    module, chosen = model().to(dtype), option(name)
     optimizers = chosen.build(module.named_parameters())
     step(list(module.parameters()), optimizers)
     held = {id(parameter): state for optimizer in optimizers for parameter, state in optimizer.state.items()}
@@ -85,7 +86,7 @@ def test_state_bytes_are_exact(name: str) -> None:
         tensors = {key: value for key, value in held.get(id(parameter), {}).items() if isinstance(value, torch.Tensor) and key != "step"}
         shared = {"qmap1", "qmap2"}  # bitsandbytes' code tables: one pair for all parameters
         real = sum(value.numel() * value.element_size() for key, value in tensors.items() if key not in shared)
-        assert chosen.state_bytes(tuple(parameter.shape), full) == real, full
+        assert chosen.state_bytes(tuple(parameter.shape), full, dtype.itemsize) == real, full
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "adam"])  # Adam's is in the gradient

@@ -19,6 +19,7 @@ def test_four_points_share_one_data_step_and_compare_shows_them_all(corpus: Path
     assert {name: made.count(name) for name in set(made)} == {
         "data": 1,
         "tokenizer": 1,
+        "tokens.chat": 1,
         "tokens.text": 1,
         "tokens.preference": 1,
         "pretrain": 4,

@@ -25,8 +25,8 @@ class Rprop(Optimizer):
     def build(self, named_parameters):
         import torch
         return [torch.optim.Rprop([parameter for _, parameter in named_parameters], lr=self.lr)]
-    def state_bytes(self, shape, name):
-        return 8 * math.prod(shape)
+    def state_bytes(self, shape, name, param_bytes):
+        return 2 * param_bytes * math.prod(shape)
 
 @register("stage", "polish")
 class Polish(Sft):

@@ -128,7 +128,16 @@ def test_truncated_weights_are_one_line(finished: tuple[Path, str], corpus: Path
 def test_wandb_offline_files_hold_the_plan_the_group_and_the_job_type(finished: tuple[Path, str]) -> None:
     cwd, _ = finished
     files = {folder.parent.parent.parent.name.rpartition("-")[0]: folder for folder in cwd.glob("outputs/steps/*/wandb/offline-run-*/*.wandb")}
-    assert {"pretrain", "sft", "dpo", "eval.dpo", "quantize"} <= {name for name in files}
+    assert {"pretrain", "sft", "dpo", "eval.dpo", "quantize"} <= set(files)
     text = files["dpo"].read_bytes().decode("latin-1")
     for said in ("pretrain-sft-dpo", "dpo", "beta", "global_batch_tokens"):
         assert said in text
+
+
+def test_chats_of_ones_own_fine_tune_a_run_with_the_default_evaluation(finished: tuple[Path, str], corpus: Path, lmforge: Run, tmp_path: Path) -> None:
+    cwd, _ = finished
+    words = ("stage=sft", f"stage.sft.init_from={steps(cwd)['pretrain']}", "data=text", f"data.path={corpus / 'chat.jsonl'}", "stage.sft.budget.steps=1")
+    printed = lmforge(*words, "stage.sft.optimizer.global_batch_tokens=1024", "track=none", "eval.sample_tokens=8", cwd=tmp_path).stdout
+    assert "answer perplexity" in printed
+    assert record(steps(tmp_path)["eval.sft"])["metrics"]["answer_perplexity"] > 1
+    assert record(steps(tmp_path)["eval.weights"])["metrics"]["answer_perplexity"] > 1  # and before, to compare

@@ -125,7 +125,7 @@ def test_lowering_does_not_change_gradients(chat: Path, changes: dict[str, Any])
     calls: list[int] = []
     for one in ({}, changes):
         model = tiny_run.tiny_llama(layers=1).train()
-        lower(model, tiny_run.recipe(**one))
+        lower(model, tiny_run.recipe(parallel=tiny_run.parallel(**one)))
         model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: calls.append(1))
         CausalLM(chat, 16).loss(model, batch).sum.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})

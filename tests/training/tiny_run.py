@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from lmforge.formats.tokens import Meta, SplitWriter, write_meta
 from lmforge.optimizer.nodes import AdamW, Optimizer
 from lmforge.optimizer.schedule import Cosine
+from lmforge.parallel.nodes import DDP, Parallel, Single
 from lmforge.step import Context, Placement, Report
 from lmforge.training.recipe import Recipe
 
@@ -71,10 +72,15 @@ def adamw(**changes: Any) -> Optimizer:
     return AdamW(**{**values, "schedule": Cosine(warmup=0.2, final=0.1), **changes})
 
 
+def parallel(devices: int = 1, **changes: Any) -> Parallel:
+    values = {"micro_batch_size": None, "activation_checkpointing": "none", "compile": False, **changes}
+    return Single(**values) if devices == 1 else DDP(devices=devices, **values)
+
+
 def recipe(**changes: Any) -> Recipe:
     values: dict[str, Any] = {
         "steps": 6, "rows_per_step": 8, "seq_len": 16, "seed": 3, "optimizer": adamw(), "param_dtype": "float32", "compute_dtype": "float32",
-        "reduce_dtype": "float32", "loss_scale": None, "activation_checkpointing": "none", "compile": False, "log_every": 2, "save_every_s": 1e9,
+        "reduce_dtype": "float32", "loss_scale": None, "parallel": parallel(), "log_every": 2, "save_every_s": 1e9,
     }  # fmt: skip
     return Recipe(**{**values, **changes})
 
@@ -111,7 +117,7 @@ def train(folder: Path, tokens: Path, *, dropout: float = 0.0, report: Report | 
     def save(model: Any) -> None:
         save_file({name: value.contiguous() for name, value in model.named_parameters()}, folder / "final.safetensors")
 
-    metrics = fit(recipe(**changes), CausalLM(tokens, 16), tiny_model(dropout), context(folder, report, micro, devices), save)
+    metrics = fit(recipe(**{"parallel": parallel(devices), **changes}), CausalLM(tokens, 16), tiny_model(dropout), context(folder, report, micro, devices), save)
     return metrics, load_file(folder / "final.safetensors")
 
 
