@@ -70,23 +70,20 @@ def vocabulary(plan: Plan) -> Iterator[Problem]:
 
 def same_shape(plan: Plan) -> Iterator[Problem]:
     """Weights of a local folder decide the model, so a model typed beside them may say nothing else; weights from the hub are not here to compare."""
-    model = plan.experiment.model
+    model, typed = plan.experiment.model, {}
+    for named in reversed(plan.experiment.stages):
+        if (start := getattr(named.stage, "init_from", None)) and (folder := local_folder(start)):
+            typed[str(folder.resolve())] = f"stage.{named.name}.init_from"
     for step in plan.steps:
         if not isinstance(step.spec, FetchWeights) or local_folder(step.spec.source) is None:
             continue
-        named = [one.name for one in plan.experiment.stages if (start := getattr(one.stage, "init_from", None)) and _same_folder(start, step.spec.source)]
-        where = f"stage.{named[0]}.init_from" if named else "model.pretrained"
+        where = typed.get(step.spec.source, "model.pretrained")
         found = differences(model.config(), read_config(step.spec.source, None, where))
         if found:
-            one, others = found[0], f" (and {len(found) - 1} more keys differ)" if found[1:] else ""
+            one, more = found[0], f" (and {len(found) - 1} more of the model's keys)" if found[1:] else ""
             ours = f"model.{one.key} says {one.ours!r}" if hasattr(model, one.key) else f"the model's is {one.ours!r}"
-            instead = "leave model out, the weights decide" if named else f"type model=hf model.pretrained={model.pretrained}, the weights decide"
-            yield Problem(where, f"its config.json says {one.key}={one.theirs!r}, {ours}{others}", instead)
-
-
-def _same_folder(source: str, folder: str) -> bool:
-    found = local_folder(source)
-    return found is not None and found.resolve() == local_folder(folder)
+            instead = f"type model=hf model.pretrained={model.pretrained}" if where == "model.pretrained" else "leave model out"
+            yield Problem(where, f"its config.json says {one.key}={one.theirs!r}, {ours}{more}", f"{instead}, the weights decide")
 
 
 def whole_weights(plan: Plan) -> Iterator[Problem]:

@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+NEW_TOKENS = 128  # where nobody says how many
 
-def generate(checkpoint: Path, prompt: str, *, max_new_tokens: int, temperature: float, top_p: float, seed: int, chat: bool) -> Iterator[str]:
+
+def generate(checkpoint: Path, prompt: str, *, max_new_tokens: int | None, temperature: float, top_p: float, seed: int, chat: bool) -> Iterator[str]:
     """Stream a continuation of `prompt`; the pieces joined are the whole text, without the prompt.
 
-    `temperature` 0 is greedy; `chat` wraps the prompt as a user's turn in the folder's chat template. Everything that can be refused is refused here,
-    before the first piece: CheckpointError for a folder that is not a whole model, RunError for a prompt that does not fit the context.
+    `max_new_tokens` None is 128, or what the context has room for. `temperature` 0 is greedy; `chat` wraps the prompt as a user's turn in the folder's
+    chat template. Everything that can be refused is refused here, before the first piece: CheckpointError for a folder that is not a whole model,
+    RunError for a prompt that does not fit the context.
     """
     tokenizer = open_tokenizer(checkpoint)
     if chat and not tokenizer.chat_template:
@@ -30,14 +33,24 @@ def generate(checkpoint: Path, prompt: str, *, max_new_tokens: int, temperature:
 
 
 def stream(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, *, max_new_tokens: int, temperature: float, top_p: float, seed: int, chat: bool
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int | None,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    chat: bool,
 ) -> Iterator[str]:
     """`generate` for a model that is open already."""
     _check_sampling(max_new_tokens, temperature, top_p)
     inputs = _encode(tokenizer, prompt, chat)
     length, room = inputs.shape[1], context_tokens(model)
     if length >= room:
-        raise RunError("prompt", f"has {length} tokens and the model's context is {room}", f"shorten it to at most {room - max_new_tokens} tokens")
+        raise RunError("prompt", f"has {length} tokens and the model's context is {room}", f"shorten it to at most {room - 1} tokens")
+    if max_new_tokens is None:
+        max_new_tokens = min(NEW_TOKENS, room - length)
     if length + max_new_tokens > room:
         raise RunError("max_new_tokens", f"{length} prompt tokens + {max_new_tokens} new ones exceed the context of {room}", f"at most {room - length}")
     sampling: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens, "eos_token_id": stop_ids(model, tokenizer) or None}
@@ -54,8 +67,8 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     return sorted(one for one in ids if one is not None)
 
 
-def _check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
-    if max_new_tokens < 1:
+def _check_sampling(max_new_tokens: int | None, temperature: float, top_p: float) -> None:
+    if max_new_tokens is not None and max_new_tokens < 1:
         raise RunError("max_new_tokens", f"{max_new_tokens} must be at least 1")
     if not 0 <= temperature < float("inf"):
         raise RunError("temperature", f"{temperature} must be a finite number >= 0", "0 is greedy")

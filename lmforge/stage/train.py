@@ -13,7 +13,6 @@ from lmforge.formats.tokens import Tokens
 from lmforge.model import build
 from lmforge.stage.nodes import Pretrain, TrainingStage
 from lmforge.step import Context
-from lmforge.training import state
 from lmforge.training.fit import fit
 from lmforge.training.objectives.dpo import PairRows
 from lmforge.training.recipe import Recipe
@@ -31,10 +30,7 @@ def train(stage: TrainingStage, context: Context) -> dict[str, Any]:
     model = starting_weights(stage, context)
     # The tokens' own tokenizer: it holds the chat template, and the markers added where the model's had none.
     tokenizer = context.inputs[f"tokens:{stage.view}"] / "tokenizer"
-    metrics = fit(recipe(stage), stage.objective(context), model, context, lambda trained: build.save(trained, tokenizer, context.out))
-    if os.environ.get("RANK", "0") == "0":
-        state.clear(context.folder / "state")
-    return metrics
+    return fit(recipe(stage), stage.objective(context), model, context, lambda trained: build.save(trained, tokenizer, context.out))
 
 
 def starting_weights(stage: TrainingStage, context: Context) -> PreTrainedModel:
@@ -73,7 +69,8 @@ def reference(context: Context) -> dict[str, Any]:
     In float32 on the accelerator, where there is one. They are computed once and kept, so they are as exact as they can be, whatever dtype
     the policy then computes in: its log-ratios start at 0 up to the rounding of that dtype.
     """
-    model = build.from_folder(context.inputs["checkpoint"], torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = build.from_folder(context.inputs["checkpoint"], torch.float32)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     counted = {}
     for done, split in enumerate(SPLITS):
         context.report.progress(done, len(SPLITS), split)

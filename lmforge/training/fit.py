@@ -31,7 +31,7 @@ def fit(recipe: Recipe, objective: Objective, model: Any, context: Context, save
 
     Calls `save(model)` once on rank 0 when all steps are done, and returns the last interval's metrics with `steps`, `tokens` and `train_s`.
     Raises KeyboardInterrupt after Ctrl-C or SIGTERM, its state written; RunError where the loss is not finite or the state cannot be
-    written; CheckpointError where the state cannot be read. `state.clear(context.folder / "state")` is for the caller, when its step is done.
+    written; CheckpointError where the state cannot be read. The state is left there: it is for the caller to remove, when its step is done.
     """
     world = context.placement.devices
     _refuse(recipe, world)

@@ -55,7 +55,7 @@ class StopVote:
             dist.all_reduce(shared)
         self._votes = shared[1].to("cpu", non_blocking=True)
         if self.device.type == "cuda":
-            self._copied = torch.cuda.Event()
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
         return shared[0]
 

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import pickle
-import shutil
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -127,11 +126,6 @@ def load(folder: Path) -> dict[str, Any] | None:
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise _broken(path, f"cannot be read ({str(error).splitlines()[0]})") from error
     return payload
-
-
-def clear(folder: Path) -> None:
-    """Remove the state; for when the step it belongs to is done."""
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""generate CHECKPOINT "prompt" [--chat] [--max-new-tokens N] [--temperature T] [--top-p P] [--seed S]: text from a run, a step or a folder."""
+"""generate CHECKPOINT "prompt" [output=FOLDER] [--chat] [--max-new-tokens N] [--temperature T] [--top-p P] [--seed S]: text from a run, a step or a folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 from lmforge.errors import ConfigError
 from lmforge.formats.store import HUB_ID, checkpoint_of
+
+OUTPUT = "output="
 
 
 class _Parser(argparse.ArgumentParser):
@@ -20,22 +22,34 @@ def main(argv: Sequence[str]) -> int:
     parser = _Parser(prog="lmforge generate", description=__doc__)
     parser.add_argument("checkpoint", help="a run, a step, a digest or a Hugging Face folder")
     parser.add_argument("prompt")
+    parser.add_argument("elsewhere", nargs="?", metavar="output=FOLDER", help="as --output; may stand anywhere among these words")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn in the checkpoint's chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--max-new-tokens", type=int, help="default: 128, or what the context has room for")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="outputs", help="where runs and steps are looked for")
-    args = parser.parse_args(list(argv))
-    folder = checkpoint_of(args.checkpoint, args.output)
+    args = parser.parse_intermixed_args(list(argv))
+    checkpoint, prompt, output = _words(args)
+    folder = checkpoint_of(checkpoint, output)
     if not Path(folder).is_dir() and HUB_ID.fullmatch(folder):
-        raise ConfigError(args.checkpoint, "a hub id is not generated from directly", "give a folder, or a run of model=hf model.pretrained=...")
+        raise ConfigError(checkpoint, "a hub id is not generated from directly", "give a folder, or a run of model=hf model.pretrained=...")
     from lmforge.inference.generate import generate
 
-    pieces = generate(
-        Path(folder), args.prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed, chat=args.chat
-    )
+    pieces = generate(Path(folder), prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed, chat=args.chat)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
     return 0
+
+
+def _words(args: argparse.Namespace) -> tuple[str, str, str]:
+    """(checkpoint, prompt, output). Of two words none is read as an option: a prompt may well begin with `output=`."""
+    words = [args.checkpoint, args.prompt, args.elsewhere]
+    if args.elsewhere is None:
+        return args.checkpoint, args.prompt, args.output
+    at = next((index for index in (2, 0, 1) if words[index].startswith(OUTPUT)), None)
+    if at is None:
+        raise ConfigError(args.elsewhere, "one word too many", 'type: generate CHECKPOINT "prompt"; quote a prompt of several words')
+    output = words.pop(at).removeprefix(OUTPUT)
+    return words[0], words[1], output

@@ -1,4 +1,7 @@
-"""plan: EXPLAIN. Prints the steps, what is done, and what each takes; nothing runs, and torch is not imported. --json for scripts."""
+"""plan: EXPLAIN. Prints the steps, what is done, and what each takes; nothing runs, and torch is not imported.
+
+--json for scripts: one indented object, or under -m one line for each point.
+"""
 
 from __future__ import annotations
 
@@ -25,27 +28,30 @@ def main(argv: Sequence[str]) -> int:
     if args.multirun or any(one.key == "sweep" for one in app.typed):
         app.multirun(json_point if as_json else point)
         return 0
-    show(compile(experiment(app.compose())), as_json)
+    show_one = show_json if as_json else show
+    show_one(compile(experiment(app.compose())))
     return 0
 
 
-def show(plan: Plan, as_json: bool) -> None:
+def show(plan: Plan) -> None:
     """The plan with what the store knows of each step."""
+    print(render(plan, Workspace(plan.experiment.output).statuses(plan)))
+
+
+def show_json(plan: Plan, indent: int | None = 1) -> None:
+    """The same as a JSON object; on one line where `indent` is None."""
     statuses = Workspace(plan.experiment.output).statuses(plan)
-    if not as_json:
-        print(render(plan, statuses))
-        return
     plain = plan.to_json()
     for step in plain["steps"]:
         step["status"], step["why"] = statuses[step["name"]].state, statuses[step["name"]].why
-    print(json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False))
+    print(json.dumps(plain, indent=indent, ensure_ascii=False, allow_nan=False))
 
 
 def point(config: DictConfig) -> None:
     """One point of a sweep, as text."""
-    show(compile(experiment(of_job(config))), as_json=False)
+    show(compile(experiment(of_job(config))))
 
 
 def json_point(config: DictConfig) -> None:
-    """One point of a sweep, as a JSON object."""
-    show(compile(experiment(of_job(config))), as_json=True)
+    """One point of a sweep, as a line of JSON."""
+    show_json(compile(experiment(of_job(config))), indent=None)

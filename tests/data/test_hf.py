@@ -101,3 +101,10 @@ def test_content_of_the_hub_is_its_commit_and_of_a_folder_its_files(folder: Path
     assert data("hf", name=str(moved), revision=None).content(None) == before
     (moved / "more.jsonl").write_text('{"text": "more"}\n')
     assert data("hf", name=str(moved)).content(None) != before
+
+
+def test_names_within_a_local_folder_are_content_because_splits_come_from_them(folder: Path, data: Make) -> None:
+    before = data("hf", name=str(folder)).content(None)
+    file = next(folder.iterdir())
+    file.rename(file.with_stem("test"))
+    assert data("hf", name=str(folder)).content(None) != before

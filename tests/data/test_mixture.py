@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lmforge.data.nodes import Data
+from lmforge.data.nodes import Data, Text
 from lmforge.errors import ConfigError
 from lmforge.formats import corpus
 
@@ -133,3 +133,28 @@ def test_the_yaml_composes_from_other_options(tmp_path: Path) -> None:
     with initialize_config_dir(str(tmp_path), version_base="1.3"):
         config = compose("config", overrides=["data.sources.own.path=x", "data.weights.own=2"])
     assert (config.data.sources.code.type, config.data.sources.own.path, config.data.weights.own) == ("pystdlib", "x", 2)
+
+
+@pytest.mark.parametrize("view", ["chat", "preference"])
+def test_a_prompt_that_one_source_holds_out_is_trained_on_from_none(
+    view: str, tmp_path: Path, data: Make, plain: Callable[..., dict[str, Any]], run: Run
+) -> None:
+    """The same prompts with other answers in two sources that hold out different shares."""
+    sources = {}
+    for name, fraction in {"a": 0.5, "b": 0.1}.items():
+        answers = {"chat": {"completion": f"{name} says"}, "preference": {"chosen": f"{name} yes", "rejected": f"{name} no"}}[view]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"Q{index}"} | answers) + "\n" for index in range(60)))
+        sources[name] = plain("text", path=str(tmp_path / f"{name}.jsonl"), heldout_fraction=fraction)
+    out = run(data("mixture", sources=sources, weights={"a": 1, "b": 1}, max_epochs=1.0))
+    prompts = {
+        split: {row["prompt"] if view == "preference" else row["messages"][0]["content"] for row in corpus.read(out, view, split)} for split in corpus.SPLITS
+    }
+    assert len(prompts["heldout"]) > 20
+    assert not prompts["heldout"] & prompts["train"]
+    assert corpus.account(out).views[view].dropped["held_out_by_a_source"] > 10
+
+
+def test_content_follows_the_code_of_its_sources(make: Callable[..., Data], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = make({"small": 1, "big": 1}).content(None)
+    monkeypatch.setattr(Text, "code_revision", Text.code_revision + 1)
+    assert make({"small": 1, "big": 1}).content(None) != before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import shutil
 import statistics
@@ -17,7 +18,9 @@ import pytest
 from lmforge.data import stdlib
 from lmforge.data.mutate import KINDS
 from lmforge.data.nodes import MUTATIONS, Data, PyStdlib
+from lmforge.data.overlap import groups
 from lmforge.data.pairs import Rules
+from lmforge.data.split import unit
 from lmforge.errors import ConfigError, DataError
 from lmforge.formats import corpus, manifest
 from lmforge.step import Context
@@ -172,7 +175,7 @@ SOURCE = '''class A:
     More words.
     """
 
-    # why
+    # why {name}
     text = """one
 two"""
     return a + b - len(text)
@@ -210,7 +213,7 @@ def test_a_method_comes_out_at_column_0_and_its_strings_stay(small: Path, tmp_pa
     row = next(row for _, row in rows(tmp_path / "out", "chat") if row["source"].endswith("A.f7"))
     assert [message["content"] for message in row["messages"]] == [
         'def f7(self, a, b):\n    """Add f7."""',
-        '    # why\n    text = """one\ntwo"""\n    return a + b - len(text)',
+        '    # why f7\n    text = """one\ntwo"""\n    return a + b - len(text)',
     ]
 
 
@@ -238,3 +241,112 @@ def test_a_library_without_pairs_is_refused(tmp_path: Path) -> None:
 def test_rows_are_plain_json_lines(library: Path) -> None:
     lines = (library / "preference" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     assert set(json.loads(lines[0])) == {"prompt", "chosen", "rejected", "source", "kind"}
+
+
+def test_no_held_out_pair_stands_in_training(library: Path) -> None:
+    """Oracle: plain text search over all training files and pairs, indentation and blank lines aside."""
+    files = "\n\n".join(f"\n{flat(row['text'])}\n" for split, row in rows(library, "text") if split == "train")
+    pairs = [(split, *(flat(message["content"]) for message in row["messages"])) for split, row in rows(library, "chat")]
+    prompts = {prompt for split, prompt, _ in pairs if split == "train"}
+    held = [(prompt, body) for split, prompt, body in pairs if split == "heldout"]
+    assert [prompt for prompt, _ in held if prompt in prompts or f"\n{prompt}\n" in files] == []
+    assert [body for _, body in held if f"\n{body}\n" in files] == []
+    assert corpus.account(library).views["chat"].dropped["in_training"] > 0
+
+
+def flat(text: str) -> str:
+    return "\n".join(line.strip() for line in text.split("\n") if line.strip())
+
+
+def test_held_out_files_are_not_half_seen_in_training(library: Path) -> None:
+    def telling(text: str) -> set[str]:
+        return {line for line in flat(text).split("\n") if len(line) > 20}
+
+    seen: set[str] = set().union(*(telling(row["text"]) for split, row in rows(library, "text") if split == "train"))
+    held = [(telling(row["text"]), len(row["text"])) for split, row in rows(library, "text") if split == "heldout"]
+    mostly_seen = sum(size for lines, size in held if len(lines & seen) > 0.5 * len(lines))
+    assert mostly_seen < 0.01 * sum(size for _, size in held)
+
+
+PAIR = '''def {name}({argument}):
+    """{text}"""
+{indent}total = {argument} * {number}
+{indent}return [total, {number}, "{number}"]
+'''
+
+
+def planted(folder: Path, files: int) -> None:
+    folder.mkdir()
+    for index in range(files):
+        text = PAIR.format(name=f"own{index}", argument=f"value{index}", text=f"Scale by {index}.", number=index, indent="    ")
+        (folder / f"m{index:02}.py").write_text(text)
+
+
+def chats(out: Path) -> dict[str, str]:
+    return {row["source"]: split for split, row in rows(out, "chat")}
+
+
+@pytest.mark.parametrize("what", ["body", "prompt"])
+def test_a_planted_copy_of_a_training_function_is_dropped_from_the_held_out_side(tmp_path: Path, what: str) -> None:
+    """Every file gets a function whose body (at another indent) or prompt (of a function too long to be a pair itself) it shares with all the others."""
+    folder = tmp_path / "lib"
+    planted(folder, 20)
+    for index, file in enumerate(sorted(folder.iterdir())):
+        own = f"{index:03}"
+        if what == "body":
+            text = f'if True:\n    def copy{own}(first):\n        """Copy {own}."""\n\n        return first + [3, 1, 4]\n'
+        else:
+            long = "".join(f"    first = {number}{own}\n" for number in range(100)) if index % 2 else ""
+            text = f'def copy(first):\n    """Copy.\n\n    More of {own}.\n    """\n{long}    return first * {own[-1]}{index}1.5\n'
+        file.write_text(file.read_text() + text)
+    account = write(folder, tmp_path / "out")
+    found = chats(tmp_path / "out")
+    held_files = account.views["text"].heldout
+    assert {name.partition(":")[2].startswith("copy") for name, split in found.items() if split == "heldout"} == {False}
+    assert sum(split == "heldout" for split in found.values()) == held_files
+    assert any(":copy" in name for name, split in found.items() if split == "train")
+    assert 0 < account.views["chat"].dropped["in_training"] <= held_files
+
+
+def test_near_duplicates_are_on_one_side_and_a_large_group_is_trained_on(tmp_path: Path) -> None:
+    """Pairs of files that share most lines, and one group of a third of all files, whatever their names."""
+    folder = tmp_path / "lib"
+    planted(folder, 20)
+    for index, file in enumerate(sorted(folder.iterdir())):
+        table = "".join(f"TABLE_{index // 2}_{number} = '{number:08}'\n" for number in range(10))
+        file.write_text(file.read_text() + table)
+    for index in range(10):
+        rest = "".join(f"MAPPING_{number} = 'the same in all {number}'\n" for number in range(10))
+        (folder / f"cp{index}.py").write_text(f"number = {index}\n{rest}")
+    write(folder, tmp_path / "out")
+    side = {row["source"]: split for split, row in rows(tmp_path / "out", "text")}
+    assert [side[f"m{index:02}.py"] for index in range(0, 20, 2)] == [side[f"m{index:02}.py"] for index in range(1, 20, 2)]
+    assert {side[f"cp{index}.py"] for index in range(10)} == {"train"}
+    assert set(side.values()) == {"train", "heldout"}
+
+
+@pytest.mark.parametrize(("count", "kinds"), [(9, 1), (9, 2)])
+def test_nothing_but_near_duplicates(tmp_path: Path, count: int, kinds: int) -> None:
+    modules = [
+        stdlib.Module(str(index), "".join(f"{index % kinds} {line} is one of many lines\n" for line in range(9)), ast.parse(""), f"{index:064x}")
+        for index in range(count)
+    ]
+    if kinds == 1:
+        with pytest.raises(DataError, match="all near-duplicates"):
+            stdlib._held(modules, 0.1, tmp_path)
+    else:
+        held = stdlib._held(modules, 0.1, tmp_path)
+        assert held in [{module.digest for module in modules[kind::2]} for kind in range(2)]
+
+
+def test_a_large_group_is_held_out_no_more_often_than_its_share() -> None:
+    """The smallest of 60 digests is below 0.1 nearly always; the key of the group must not be."""
+    digests = [hashlib.sha256(str(index).encode()).hexdigest() for index in range(60 * 300)]
+    keys = [stdlib._group_key(digests[start : start + 60], large=False) for start in range(0, len(digests), 60)]
+    assert 0.04 < sum(unit(key) < 0.1 for key in keys) / len(keys) < 0.17
+
+
+def test_groups_follow_chains_and_short_overlaps_do_not_count() -> None:
+    lines = [f"a telling line of some length, number {index}" for index in range(12)]
+    texts = ["\n".join(lines[:6]), "\n".join("    " + line for line in lines[3:9]), "\n".join(lines[6:]), "\n".join([*lines[:2], "x = 1"])]
+    assert groups(texts) == [0, 0, 0, 3]

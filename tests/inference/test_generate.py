@@ -123,3 +123,27 @@ def test_a_folder_that_is_no_whole_model_is_refused_in_one_line(checkpoint: Path
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
     assert isinstance(caught.value, LmforgeError)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_default_length_shrinks_to_the_room_left(checkpoint: Path, chat: bool) -> None:
+    """The context is 64; as many new tokens as fill it are taken where nobody says how many."""
+    prompt = "def add(a"
+    tokenizer = open_tokenizer(checkpoint)
+    text = f"<|user|>{prompt}<|end|><|assistant|>" if chat else prompt
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert 5 < len(ids) < 60
+    found = "".join(generate(checkpoint, prompt, **GREEDY | {"max_new_tokens": None, "chat": chat}))
+    assert found == by_hand(checkpoint, ids, 64 - len(ids)) != by_hand(checkpoint, ids, 64 - len(ids) - 1)
+    with pytest.raises(RunError, match="exceed the context of 64"):
+        generate(checkpoint, prompt, **GREEDY | {"max_new_tokens": 64 - len(ids) + 1, "chat": chat})
+
+
+def test_the_default_length_is_bounded_where_there_is_room(checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "roomy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512, "eos_token_id": None}))
+    (folder / "generation_config.json").write_text("{}")
+    ids = open_tokenizer(folder)("for i")["input_ids"]
+    found = "".join(generate(folder, "for i", **GREEDY | {"max_new_tokens": None}))
+    assert found == by_hand(folder, ids, 128)

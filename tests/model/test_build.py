@@ -22,6 +22,8 @@ QWEN3_MOE: dict[str, Any] = {"model_type": "qwen3_moe", **SIZES, "num_key_value_
     "moe_intermediate_size": 16
 }
 
+GEMMA2: dict[str, Any] = {"model_type": "gemma2", **SIZES, "num_key_value_heads": 2, "head_dim": 8}
+
 
 def logits(model: Any) -> torch.Tensor:
     model.eval()
@@ -78,7 +80,7 @@ def test_on_meta_has_shapes_and_no_memory() -> None:
     assert sum(p.numel() for p in large.parameters()) > 6e10
 
 
-@pytest.mark.parametrize("config", [LLAMA, OLMO2, GPT2, QWEN3_MOE], ids=lambda config: config["model_type"])
+@pytest.mark.parametrize("config", [LLAMA, OLMO2, GPT2, QWEN3_MOE, GEMMA2], ids=lambda config: config["model_type"])
 def test_a_saved_model_is_the_same_for_transformers_and_for_us(config: dict[str, Any], tmp_path: Path, tokenizer_folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -188,6 +190,24 @@ def test_an_unknown_or_impossible_config_is_refused() -> None:
         from_scratch({**LLAMA, "hidden_size": "wide"}, 0)
     with pytest.raises(ConfigError, match="transformers refuses this config"):
         on_meta({**LLAMA, "num_attention_heads": 5})
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({**GPT2, "n_head": 5}, "must be divisible by num_heads"),
+        ({**LLAMA, "hidden_act": "tanhish"}, "tanhish"),
+        ({**LLAMA, "pad_token_id": 999}, "num_embeddings"),
+    ],
+    ids=["heads", "activation", "padding"],
+)
+def test_what_the_models_own_class_refuses_is_one_line(config: dict[str, Any], says: str, saved: Path) -> None:
+    with pytest.raises(ConfigError, match="transformers cannot build this config") as refused:
+        from_scratch(config, 0)
+    assert says in str(refused.value)
+    assert "\n" not in str(refused.value)
+    (saved / "config.json").write_text(json.dumps(config))
+    assert says in refusal(saved)
 
 
 def test_loading_says_nothing(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:

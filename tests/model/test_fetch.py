@@ -7,12 +7,16 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lmforge.codec import encode
 from lmforge.errors import CheckpointError
 from lmforge.model.fetch import FetchWeights, folder_digest
+from lmforge.model.fetch_tokenizer import FetchTokenizer
 from lmforge.step import Context
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
@@ -47,14 +51,76 @@ def test_a_local_folder_arrives_without_pickles_and_code(source: Path, tmp_path:
     assert run(FetchWeights.of(str(source), None, None), out) == out  # what an interrupted run left is no obstacle
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_files_are_copied_where_links_fail(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError("no links here")
 
-    monkeypatch.setattr(Path, "symlink_to", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     out = run(FetchWeights.of(str(source), None, None), tmp_path / "out")
-    assert not (out / "model.safetensors").is_symlink()
-    assert (out / "model.safetensors").read_bytes() == b"weights"
+    assert not os.path.samefile(out / "model.safetensors", source / "model.safetensors")
+    assert contents(out)["model.safetensors"] == b"weights"
+    assert contents(run(FetchWeights.of(str(source), None, None), out)) == contents(out)
+
+
+def test_a_done_step_outlives_its_source(source: Path, tmp_path: Path) -> None:
+    """Weights take no second place on the disk, and yet the source may be moved, deleted, or saved over as transformers and safetensors do it."""
+    from safetensors.numpy import save_file
+
+    save_file({"a": np.zeros(4, np.float32)}, source / "model.safetensors")
+    out = run(FetchWeights.of(str(source), None, None), tmp_path / "out")
+    before = contents(out)
+    assert os.path.samefile(out / "model.safetensors", source / "model.safetensors")
+    save_file({"a": np.ones(4, np.float32)}, source / "model.safetensors")
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+        (source / name).write_text("others")  # in place
+    assert contents(out) == before
+    source.rename(tmp_path / "moved")
+    shutil.rmtree(tmp_path / "moved")
+    assert contents(out) == before
+
+
+def hub(cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model folder as huggingface_hub leaves `org/small` in its cache: a blob each, and links to them. Nobody answers beyond it."""
+    import huggingface_hub.constants as constants
+
+    repository = cache / "models--org--small"
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / COMMIT
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(source.iterdir())):
+        (blobs / str(number)).write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+
+@pytest.mark.parametrize("name", ["org/small", f"org/small@{COMMIT}"])
+def test_weights_of_the_hub_outlive_its_cache_and_name_their_commit(name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub(tmp_path / "hub", source, monkeypatch)
+    out = tmp_path / "out"
+    metrics = FetchWeights.of(name, None, None).run(Context(step="weights", folder=tmp_path, out=out, inputs={}))
+    assert metrics == {"files": 4, "weight_bytes": 7, "commit": COMMIT}
+    assert not any(path.is_symlink() for path in out.iterdir())
+    shutil.rmtree(tmp_path / "hub")
+    assert contents(out)["model.safetensors"] == b"weights"
+
+
+def test_a_local_folder_has_no_commit_to_record(source: Path, tmp_path: Path) -> None:
+    context = Context(step="weights", folder=tmp_path, out=tmp_path / "out", inputs={})
+    assert FetchWeights.of(str(source), None, None).run(context) == {"files": 4, "weight_bytes": 7}
+
+
+def test_a_tokenizer_of_the_hub_names_its_commit(tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub(tmp_path / "hub", tokenizer_folder, monkeypatch)
+    for name in ("org/small", f"org/small@{COMMIT}"):
+        metrics = FetchTokenizer(source=name, revision=None).run(Context(step="tokenizer", folder=tmp_path, out=tmp_path / "out", inputs={}))
+        assert metrics == {"entries": 270, "commit": COMMIT}
 
 
 def test_content_not_place_is_identity(source: Path, tmp_path: Path) -> None:
@@ -102,6 +168,12 @@ def test_a_folder_changed_after_planning_is_refused(source: Path, tmp_path: Path
 def test_a_hub_id_is_its_name_and_commit() -> None:
     node = FetchWeights.of("org/small", "abc", None)
     assert encode(node, identity=True)["fingerprint"] == "org/small@abc"
+    pinned = FetchWeights.of(f"org/small@{COMMIT}", None, None)
+    assert pinned == FetchWeights.of("org/small", COMMIT, None)
+    assert pinned.fingerprint == f"org/small@{COMMIT}"
+    contents = {FetchTokenizer(source=f"org/small@{COMMIT}", revision=None).content(None), FetchTokenizer(source="org/small", revision=COMMIT).content(None)}
+    assert contents == {f"org/small@{COMMIT}"}
+    assert FetchWeights.of("gpt2", None, None).fingerprint == "gpt2@main"
 
 
 def test_incomplete_folders_are_named(source: Path, tmp_path: Path) -> None:

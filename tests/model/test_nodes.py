@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,26 @@ def test_what_makes_no_sense_is_refused_where_it_is_said(name: str, changes: dic
 
 def test_a_local_folder_has_no_commit(tmp_path: Path) -> None:
     assert "local folder, which has no commits" in refusal("7b", pretrained=str(tmp_path))
+
+
+def test_one_commit_is_named_once() -> None:
+    pinned = f"org/name@{'a' * 40}"
+    assert "is pinned to another commit" in refusal("7b", pretrained=pinned)
+    assert model("7b", pretrained=pinned, revision="a" * 40)
+    assert model("hf", pretrained=pinned)
+
+
+def test_who_wrote_a_config_json_is_no_part_of_the_model(tmp_path: Path) -> None:
+    says = {"model_type": "llama", "hidden_size": 64, "pad_token_id": 0}
+    by = {
+        "here": {"transformers_version": "5.23.0", "dtype": "float32", "_name_or_path": "/here"},
+        "there": {"transformers_version": "4.47.0", "torch_dtype": "bfloat16", "use_cache": False},
+    }
+    for name, volatile in by.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({**says, **volatile}))
+    configs = [model("hf", pretrained=str(tmp_path / name)).config() for name in by]
+    assert configs == [says, says]  # the padding row, which no gradient reaches, does count
 
 
 def test_where_weights_lie_is_no_part_of_what_a_model_is() -> None:

@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 
 from lmforge.errors import ConfigError
+from lmforge.formats.store import checkpoint_of, hub_id
 from lmforge.model.source import hub_cache, local_folder, read_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LLAMA = {"model_type": "llama", "hidden_size": 64}
 
 
-def cached(cache: Path, commit: str = COMMIT, config: Any = LLAMA) -> Path:
+def cached(cache: Path, commit: str = COMMIT, config: Any = LLAMA, name: str = "org--small") -> Path:
     """A repository as huggingface_hub leaves it in its cache."""
-    repository = cache / "models--org--small"
+    repository = cache / f"models--{name}"
     (repository / "snapshots" / commit).mkdir(parents=True)
     (repository / "snapshots" / commit / "config.json").write_text(json.dumps(config))
     (repository / "refs").mkdir()
@@ -53,6 +54,55 @@ def test_a_local_folder_needs_only_its_config(tmp_path: Path) -> None:
 def test_a_hub_id_is_read_from_the_cache_without_a_network(tmp_path: Path, revision: str | None) -> None:
     cached(tmp_path / "home" / "hub")
     assert read_config("org/small", revision, "model.pretrained") == LLAMA
+
+
+def test_a_pinned_hub_id_is_read_at_its_commit(tmp_path: Path) -> None:
+    repository = cached(tmp_path / "home" / "hub")
+    other = "f" * 40
+    (repository / "snapshots" / other).mkdir()
+    (repository / "snapshots" / other / "config.json").write_text(json.dumps({**LLAMA, "hidden_size": 128}))
+    assert read_config(f"org/small@{COMMIT}", None, "model.pretrained")["hidden_size"] == 64
+    assert read_config(f"org/small@{other}", None, "model.pretrained")["hidden_size"] == 128
+    assert f"org/small at {'0' * 40} is no local folder" in refusal(f"org/small@{'0' * 40}")
+
+
+@pytest.mark.parametrize(
+    ("source", "means"),
+    [
+        ("org/name", ("org/name", None)),
+        (f"org/name@{COMMIT}", ("org/name", COMMIT)),
+        ("gpt2", ("gpt2", None)),
+        (f"gpt2@{COMMIT}", ("gpt2", COMMIT)),
+        ("org/name@main", None),
+        (f"org/name@{COMMIT[:7]}", None),
+        (f"org/name@{COMMIT.upper()}", None),
+        ("a/b/c", None),
+        ("../name", None),
+        ("", None),
+    ],
+)
+def test_what_a_hub_id_is(source: str, means: tuple[str, str | None] | None) -> None:
+    assert hub_id(source) == means
+
+
+def test_init_from_asks_the_hub_only_for_what_cannot_be_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for asked in ("org/unseen", f"org/unseen@{COMMIT}", f"unseen@{COMMIT}"):
+        assert checkpoint_of(asked, "outputs") == asked
+    for word in ("tiny", "beef", "org/unseen@main"):
+        with pytest.raises(ConfigError, match=r"no such run, step or digest; .*a hub id reads org/name, or org/name@<commit>"):
+            checkpoint_of(word, "outputs")
+    for word in ("tiny", "beef"):
+        cached(tmp_path / "home" / "hub", name=word)
+        assert checkpoint_of(word, "outputs") == word  # a bare word is a hub id once the cache has it
+    step = tmp_path / "outputs" / "steps" / "sft-beef0123"
+    (step / "checkpoint").mkdir(parents=True)
+    for file in (step / "step.json", step / "checkpoint" / "config.json"):
+        file.write_text("{}")
+    assert checkpoint_of("beef", "outputs") == str(Path("outputs/steps/sft-beef0123/checkpoint"))  # but a digest comes first
+    (tmp_path / "org").mkdir()
+    with pytest.raises(ConfigError, match="no such run"):
+        checkpoint_of("org/unseen", "outputs")  # a path mistyped, since its folder is there
 
 
 def test_the_cache_is_where_huggingface_hub_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -98,6 +98,13 @@ def test_deepspeed_itself_takes_the_config() -> None:
     assert (read.zero_config.stage, read.gradient_accumulation_steps, read.float16_config.initial_scale_power) == (3, 3, 10)
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_offers_selective_recomputation(name: str) -> None:
+    assert make(name, activation_checkpointing="selective").strategy_args()["activation_checkpointing"] == "selective"
+    with pytest.raises(ConfigError, match="activation_checkpointing"):
+        make(name, activation_checkpointing="some")
+
+
 def test_offloading_parameters_needs_stage_3() -> None:
     with pytest.raises(ConfigError, match=r"parallel\.offload_parameters: ZeRO stage 2 .*; type parallel=deepspeed_zero3"):
         make("deepspeed_zero2", offload_parameters=True)

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from lmforge.errors import RunError
-from lmforge.optimizer.nodes import Muon, Optimizer, Sgd
+from lmforge.optimizer.nodes import Momentum, Muon, Optimizer, Sgd
 from lmforge.optimizer.schedule import Constant
+from lmforge.parallel.nodes import FSDP
 from lmforge.training import state
 from lmforge.training.fit import fit
 from lmforge.training.lowering import lower
@@ -73,12 +74,15 @@ def test_it_learns_and_says_so(text: Path, tmp_path: Path) -> None:
     assert report.bars[-1][2].endswith(" tok/s")
 
 
-def test_muon_and_its_two_learning_rates(text: Path, tmp_path: Path) -> None:
-    muon = Muon(
-        lr=0.02, weight_decay=0.0, grad_clip=1.0, global_batch_tokens=128, schedule=Constant(warmup=0.5), momentum=0.95, nesterov=True, ns_steps=5,
+def muon() -> Optimizer:
+    return Muon(
+        lr=0.02, weight_decay=0.1, grad_clip=1.0, global_batch_tokens=128, schedule=Constant(warmup=0.5), momentum=0.95, nesterov=True, ns_steps=5,
         adjust_lr="original", adamw_lr=0.004, beta1=0.9, beta2=0.95, eps=1e-8,
     )  # fmt: skip
-    metrics, _ = tiny_run.train(tmp_path, text, steps=30, optimizer=muon)
+
+
+def test_muon_and_its_two_learning_rates(text: Path, tmp_path: Path) -> None:
+    metrics, _ = tiny_run.train(tmp_path, text, steps=30, optimizer=muon())
     assert metrics["loss"] < 4.0
     assert metrics["lr"] == 0.02
 
@@ -133,6 +137,59 @@ def test_lowering_does_not_change_gradients(chat: Path, changes: dict[str, Any])
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-4)
     if "compile" not in changes:
         assert len(calls) == 3  # once plain, and twice where activations are recomputed
+
+
+class Overflowing(CausalLM):
+    """Adds a gradient that overflows to one parameter in its second batch, and nothing to the loss."""
+
+    name = ""
+    batches = 0
+
+    def loss(self, model: Any, batch: Any) -> LossParts:
+        parts = super().loss(model, batch)
+        self.batches += 1
+        parameter = dict(model.named_parameters())[self.name]
+        return replace(parts, sum=parts.sum + 1e38 * (parameter - parameter.detach()).sum()) if self.batches == 2 else parts
+
+
+class States(tiny_run.Lines):
+    """What the state held when each step was logged: all after the step before."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder, self.states = folder, {}
+
+    def log(self, step: int, metrics: Any) -> None:
+        super().log(step, metrics)
+        self.states[step - 1] = state.load(self.folder)
+
+
+@pytest.mark.parametrize("name", ["transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight"])
+def test_an_overflow_in_one_optimizers_gradients_skips_the_step_of_all(text: Path, tmp_path: Path, name: str) -> None:
+    objective, report = Overflowing(text, 16), States(tmp_path / "state")
+    objective.name = name  # the first is AdamW's, the second Muon's
+    told = tiny_run.recipe(steps=5, optimizer=muon(), compute_dtype="float16", loss_scale=2.0**14, log_every=1, save_every_s=0.0)
+    fit(told, objective, tiny_run.tiny_model(), tiny_run.context(tmp_path, report), lambda _: None)
+    assert [one["loss_scale"] for one in report.logged] == [2.0**14, *[2.0**13] * 4]
+    first, skipped, third = (report.states[step] for step in (1, 2, 3))
+    exact = {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(skipped["weights"], first["weights"], **exact)
+    for ours, theirs in zip(skipped["optimizers"], first["optimizers"], strict=True):
+        torch.testing.assert_close(ours["state"], theirs["state"], **exact)
+    assert all(not torch.equal(third["weights"][one], first["weights"][one]) for one in (name, "transformer.wte.weight"))
+
+
+def test_an_overflow_in_the_first_step_leaves_no_state(text: Path, tmp_path: Path) -> None:
+    momentum = Momentum(lr=0.1, weight_decay=0.0, grad_clip=None, global_batch_tokens=128, schedule=Constant(warmup=0.0), momentum=0.9, nesterov=False)
+    report = States(tmp_path / "state")
+    tiny_run.train(tmp_path, text, steps=2, optimizer=momentum, compute_dtype="float16", loss_scale=2.0**40, log_every=1, save_every_s=0.0, report=report)
+    assert report.states[1]["optimizers"][0]["state"] == {}  # torch's fused SGD would keep a buffer that nobody has filled
+
+
+def test_the_strategy_is_the_parallel_nodes_own(text: Path, tmp_path: Path) -> None:
+    fsdp = FSDP(devices=None, micro_batch_size=None, activation_checkpointing="none", compile=False, reshard_after_forward=True, cpu_offload=False)
+    with pytest.raises(RunError, match="parallel=fsdp: planned but not yet run"):
+        tiny_run.train(tmp_path, text, parallel=fsdp)
 
 
 class Poisoned(CausalLM):

@@ -117,7 +117,8 @@ def train(folder: Path, tokens: Path, *, dropout: float = 0.0, report: Report | 
     def save(model: Any) -> None:
         save_file({name: value.contiguous() for name, value in model.named_parameters()}, folder / "final.safetensors")
 
-    metrics = fit(recipe(**{"parallel": parallel(devices), **changes}), CausalLM(tokens, 16), tiny_model(dropout), context(folder, report, micro, devices), save)
+    told = recipe(**{"parallel": parallel(devices), **changes})
+    metrics = fit(told, CausalLM(tokens, 16), tiny_model(dropout), context(folder, report, micro, devices), save)
     return metrics, load_file(folder / "final.safetensors")
 
 
