@@ -37,7 +37,15 @@ def _placed(step: Step, available: int) -> Step:
     if each % micro:
         raise PlanError(f"{where}.parallel.micro_batch_size", f"{micro} does not divide the {each} rows a device has", f"type {nearest_divisors(each, micro)}")
     line = f"{rows} rows = {ranks} {'device' if ranks == 1 else 'devices'} x {micro} rows x {each // micro} accumulated"
-    placement = Placement(devices=devices, mesh=mesh, micro_batch_size=micro, accumulation=each // micro, strategy=parallel.strategy_args())
+    strategy = parallel.emitted(
+        compute_dtype=stage.precision.compute_dtype,
+        loss_scale=stage.precision.loss_scale,
+        reduce_dtype=stage.precision.reduce_dtype,
+        gradient_clipping=stage.optimizer.grad_clip,
+        micro_batch_size=micro,
+        accumulation=each // micro,
+    )
+    placement = Placement(devices=devices, mesh=mesh, micro_batch_size=micro, accumulation=each // micro, strategy=strategy)
     return dataclasses.replace(step, placement=placement, arithmetic=(*step.arithmetic, line))
 
 

@@ -118,8 +118,11 @@ class App:
         for folder in others:
             path.prepend("lmforge", f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
         GlobalHydra.instance().clear()
-        with readable_errors():
-            yield GuardedHydra.create_main_hydra2("lmforge", path)  # type: ignore[misc]
+        try:
+            with readable_errors():
+                yield GuardedHydra.create_main_hydra2("lmforge", path)  # type: ignore[misc]
+        finally:
+            GlobalHydra.instance().clear()
 
     def compose(self) -> Composed:
         """One config, for one run."""

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lmforge.errors import CheckpointError
-from lmforge.model.source import local_folder, pinned, snapshot
+from lmforge.model.agree import differences
+from lmforge.model.source import local_folder, pinned, read_config, snapshot
 from lmforge.registry import Key, register
 from lmforge.step import Context, StepNode
 
@@ -43,9 +44,10 @@ class FetchWeights(StepNode):
     source: Annotated[str, Key("a local folder or a hub id", identity=False)]
     revision: Annotated[str | None, Key("hub commit; null = the newest when the step runs", identity=False)]
     fingerprint: Annotated[str, Key("what the weights are: the folder's digest, or hub id @ commit")]
+    expected: Annotated[dict[str, Any] | None, Key("the config the plan was made with, for weights whose own one only comes with them", identity=False)]
 
     @classmethod
-    def of(cls, source: str, revision: str | None, cache: Path | None) -> FetchWeights:
+    def of(cls, source: str, revision: str | None, cache: Path | None, config: dict[str, Any] | None = None) -> FetchWeights:
         """The step for a source: a folder is hashed (`cache` remembers it), a hub id counts with its `@<commit>` or `revision`, so pin it.
 
         A folder with only a config.json will do for a plan; `run` asks for the weights.
@@ -53,16 +55,24 @@ class FetchWeights(StepNode):
         folder = local_folder(source)
         if folder:
             _model_folder(folder)
-            return cls(source=str(folder.resolve()), revision=None, fingerprint=folder_digest(folder, cache))
+            return cls(source=str(folder.resolve()), revision=None, fingerprint=folder_digest(folder, cache), expected=None)
         # Not the commit the local cache happens to hold: fetching the weights must not make them other weights.
         name, commit = pinned(source, revision)
-        return cls(source=name, revision=commit, fingerprint=f"{name}@{commit or 'main'}")
+        return cls(source=name, revision=commit, fingerprint=f"{name}@{commit or 'main'}", expected=config)
+
+    def preflight(self) -> None:
+        """A folder must hold its weights before anything runs; the hub is asked when it is this step's turn."""
+        if folder := local_folder(self.source):
+            weight_files(folder)
 
     def run(self, context: Context) -> dict[str, Any]:
         """Puts every file of the model into `context.out`, where it outlives the source; `commit` in the metrics is the one the hub gave."""
         local = local_folder(self.source)
         folder = local or snapshot(self.source, self.revision, PATTERNS)
         weights = weight_files(folder)
+        if self.expected is not None and (found := differences(self.expected, read_config(str(folder), None, "model.pretrained"))):
+            what = f"its config.json says {found[0].key}={found[0].theirs!r}, the plan's model {found[0].ours!r}"
+            raise CheckpointError(self.source, what, "leave model out, the weights decide")
         if local and folder_digest(local, None) != self.fingerprint:
             raise CheckpointError(self.source, "its files changed after the plan was made", "run again")
         files = list(_files(folder))

@@ -56,6 +56,12 @@ class Parallel(Node):
         """The emitted strategy as plain data, for the plan: `strategy`, `activation_checkpointing`, `compile`, and what a subclass adds."""
         return {"strategy": self.type, "activation_checkpointing": self.activation_checkpointing, "compile": self.compile}
 
+    def emitted(
+        self, *, compute_dtype: str, loss_scale: float | None, reduce_dtype: str, gradient_clipping: float | None, micro_batch_size: int, accumulation: int
+    ) -> dict[str, Any]:
+        """What the plan shows of the strategy once precision, clipping and the micro-batch are known; most options need none of them."""
+        return self.strategy_args()
+
     @property
     def reason(self) -> str:
         """Why `run` refuses this option, in one line; '' where it runs."""
@@ -160,6 +166,10 @@ class DeepSpeed(Several):
         host = {"device": "cpu", "pin_memory": True}
         offload = {"offload_optimizer": self.offload_optimizer, "offload_param": self.offload_parameters}
         return {"stage": self.stage} | {name: dict(host) for name, wanted in offload.items() if wanted}
+
+    def emitted(self, **known: Any) -> dict[str, Any]:
+        """DeepSpeed is told everything by one dict, so the plan shows it whole."""
+        return super().strategy_args() | {"config": self.deepspeed_config(**known)}
 
     def deepspeed_config(
         self, *, compute_dtype: str, loss_scale: float | None, reduce_dtype: str, gradient_clipping: float | None, micro_batch_size: int, accumulation: int

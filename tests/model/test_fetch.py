@@ -201,3 +201,16 @@ def test_offline_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     said = refusal(FetchWeights.of("org/unseen", "abc", None), tmp_path / "out")
     assert "not in the local cache and the hub did not answer" in said
+
+
+def test_hub_weights_of_another_model_than_planned_are_refused_when_they_arrive(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub(tmp_path / "hub", source, monkeypatch)
+    theirs = {"model_type": "llama", "num_hidden_layers": 32}  # what the family has where a config is silent
+    for expected, refused in ((theirs, False), (theirs | {"num_hidden_layers": 2}, True)):
+        node = FetchWeights.of("org/small", None, None, expected)
+        context = Context(step="weights", folder=tmp_path, out=tmp_path / "checkpoint", inputs={})
+        if refused:
+            with pytest.raises(CheckpointError, match="num_hidden_layers"):
+                node.run(context)
+        else:
+            assert node.run(context)["files"] > 1
