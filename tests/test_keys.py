@@ -372,7 +372,10 @@ class _Module:
     def reads(self) -> Iterator[tuple[type, str, type | None, str]]:
         for one in self.parsed.body:
             if isinstance(one, ast.ClassDef):
-                owner = self.resolve(one.name) or self.stand_in(one)
+                # What a class puts on `self` is read from its text, whether another test has loaded it or not.
+                owner = self.resolve(one.name)
+                if owner is None or not dataclasses.is_dataclass(owner):
+                    owner = self.stand_in(one)
                 for inner in one.body:
                     if isinstance(inner, ast.FunctionDef):
                         yield from self.function(inner, owner)

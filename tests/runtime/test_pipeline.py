@@ -120,7 +120,7 @@ def test_truncated_weights_are_one_line(finished: tuple[Path, str], corpus: Path
     weights.write_bytes(weights.read_bytes()[:1000])
     done = lmforge("stage=sft", f"stage.sft.init_from={folder}", "data=text", f"data.path={corpus}", "eval=none", "track=none", cwd=tmp_path, check=2,
                    OMP_NUM_THREADS="1")  # fmt: skip
-    assert done.stderr.startswith("checkpoint error: ")
+    assert done.stderr.startswith("plan error: ")  # before anything runs
     assert "model.safetensors" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
