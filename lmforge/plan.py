@@ -69,7 +69,7 @@ class Step:
     @property
     def produces(self) -> str:
         """The kind of artifact it makes, and the folder's name inside the step's."""
-        return self.spec.produces
+        return self.spec.makes()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,6 +33,9 @@ class Report:
     def sample(self, title: str, text: str) -> None:
         """A piece of text a person should see, such as generated text."""
 
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """A table a person should see, such as answers with their rewards, at the step that was logged last; one title may come at many steps."""
+
 
 @dataclass(frozen=True)
 class Context:
@@ -50,8 +53,16 @@ class StepNode(Node):
     """A node that runs as a step. `code_revision` rises when its meaning changes, so that a fixed bug never says done."""
 
     code_revision: ClassVar[int] = 1
-    consumes: ClassVar[tuple[str, ...]] = ()  # artifact kinds: corpus tokenizer tokens checkpoint reference metrics
+    consumes: ClassVar[tuple[str, ...]] = ()  # artifact kinds: corpus tokenizer tokens:<view> checkpoint adapter reference reward_model ...
     produces: ClassVar[str] = ""
+
+    def takes(self) -> tuple[str, ...]:
+        """What this very node consumes, where its keys decide it; the compiler asks here."""
+        return self.consumes
+
+    def makes(self) -> str:
+        """What this very node produces, where its keys decide it; the compiler asks here."""
+        return self.produces
 
     def content(self, cache: Path | None) -> str:
         """What decides the result beyond the node's own keys: a fingerprint of local files, of a model's config."""

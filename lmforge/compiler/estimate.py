@@ -14,7 +14,7 @@ from lmforge.model.families import Weight
 from lmforge.model.weights import ParamCount, count, weights
 from lmforge.parallel.nodes import Part
 from lmforge.plan import Cost, PeakBytes, Plan, Step
-from lmforge.stage.nodes import TrainingStage
+from lmforge.stage.base import TrainingStage, parameters
 
 GIB = 2**30
 
@@ -39,19 +39,20 @@ def _costed(step: Step, params: ParamCount, parts: list[Weight]) -> Step:
     cost = Cost(
         params_total=params.total,
         params_active=params.active,
-        params_trainable=params.total,
+        params_trainable=parameters(stage.load(parts).trained),
         tokens=tokens,
         train_flops=float(tokens * flops_per_token(params, stage.seq_len)),
-        peak_bytes_per_device=_static(step, stage, params, parts),
+        peak_bytes_per_device=_static(step, stage, parts),
     )
     return dataclasses.replace(step, cost=cost)
 
 
-def _static(step: Step, stage: TrainingStage, params: ParamCount, parts: list[Weight]) -> PeakBytes:
-    """Bytes on one device, sharded as the parallel option says; each shard is rounded up."""
-    devices, width = step.placement.devices, stage.precision.param_bytes
-    states = sum(stage.optimizer.state_bytes(one.shape, one.name, width) * one.count for one in parts)
-    amounts: dict[Part, int] = {"params": params.total * width, "grads": params.total * width, "optimizer": states}
+def _static(step: Step, stage: TrainingStage, parts: list[Weight]) -> PeakBytes:
+    """Bytes on one device, sharded as the parallel option says; each shard is rounded up. Frozen weights have neither gradients nor states."""
+    devices, width, load = step.placement.devices, stage.precision.param_bytes, stage.load(parts)
+    trained = parameters(load.trained) * width
+    states = sum(stage.optimizer.state_bytes(one.shape, one.name, width) * one.count for one in load.trained)
+    amounts: dict[Part, int] = {"params": trained + stage.frozen_bytes(parts), "grads": trained, "optimizer": states}
     here = {part: 0 if stage.parallel.offloads(part) else -(-amount // stage.parallel.shard_degree(part, devices)) for part, amount in amounts.items()}
     return PeakBytes(**here)
 

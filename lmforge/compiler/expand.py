@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from lmforge.adapter.nodes import Merge
 from lmforge.codec import decode, keys
 from lmforge.data.nodes import Data
 from lmforge.errors import PlanError, Problem
@@ -21,7 +22,7 @@ from lmforge.model.fetch_tokenizer import FetchTokenizer
 from lmforge.model.weights import max_positions, vocab_size
 from lmforge.plan import Artifact, Plan, Step
 from lmforge.registry import types
-from lmforge.stage.nodes import Stage, TrainingStage
+from lmforge.stage.nodes import Stage
 from lmforge.step import StepNode
 from lmforge.tokenizer.nodes import BPE, Tokenize
 
@@ -29,6 +30,9 @@ from lmforge.tokenizer.nodes import BPE, Tokenize
 def expand(plan: Plan) -> Plan:
     """The steps of every stage in order, with evaluation after each and quantization at the end."""
     return dataclasses.replace(plan, steps=_Expansion(plan.experiment).steps())
+
+
+WEIGHTS = ("checkpoint", "adapter")
 
 
 class _Expansion:
@@ -52,8 +56,8 @@ class _Expansion:
         for index, named in enumerate(stages):
             self.start(named, first=index == 0)
             self.stage(named)
-            last = index == len(stages) - 1
-            if named.stage.produces == "checkpoint" and self.experiment.eval.measures(last):
+            last = not any(later.stage.makes() in WEIGHTS for later in stages[index + 1 :])
+            if named.stage.makes() in WEIGHTS and self.experiment.eval.measures(last):
                 self.evaluate(named.name)
         if self.experiment.quantize.produces:
             self.quantize()
@@ -72,7 +76,7 @@ class _Expansion:
     def start(self, named: NamedStage, first: bool) -> None:
         """Weights from outside: what the stage's `init_from` says, or what the model names when the first stage trains on from weights."""
         source, revision = getattr(named.stage, "init_from", None), None
-        if source is None and first and "checkpoint" in named.stage.consumes:
+        if source is None and first and "checkpoint" in named.stage.takes():
             source, revision = self.experiment.model.pretrained, self.experiment.model.revision
         if source is None:
             return
@@ -84,19 +88,27 @@ class _Expansion:
 
     def stage(self, named: NamedStage) -> None:
         stage = named.stage
-        wanted = list(stage.consumes)
-        if "checkpoint" in self.scope and stage.produces == "checkpoint" and "checkpoint" not in wanted:
+        wanted = list(stage.takes())
+        if "checkpoint" in self.scope and stage.makes() in WEIGHTS and "checkpoint" not in wanted:
             wanted.insert(0, "checkpoint")
         data = getattr(stage, "data", self.experiment.data)
-        seq_len = (stage.seq_len if isinstance(stage, TrainingStage) else None) or max_positions(self.config)
-        inputs = tuple(self.need(kind, named, data, seq_len) for kind in wanted)
-        self.scope[stage.produces] = self.add(named.name, stage, inputs)
+        inputs = tuple(self.need(kind, named, data, stage.example_tokens(max_positions(self.config))) for kind in wanted)
+        self.scope[stage.makes()] = self.add(named.name, stage, inputs)
+
+    def checkpoint(self) -> Artifact:
+        """The latest weights; an adapter is merged into its base when somebody asks for them, and not before."""
+        adapter = self.scope.pop("adapter", None)
+        if adapter is not None:
+            self.scope["checkpoint"] = self.add(f"{adapter.step}.merge", Merge(), (self.scope["checkpoint"], adapter))
+        return self.scope["checkpoint"]
 
     def need(self, kind: str, named: NamedStage, data: Data, seq_len: int) -> Artifact:
         """The artifact of that kind: made before, or made now."""
         base, _, argument = kind.partition(":")
         if base in self.makers:
             return dataclasses.replace(self.makers[base](argument, data, seq_len), kind=kind)
+        if base == "checkpoint" and base in self.scope:
+            return self.checkpoint()
         if base in self.scope:
             return self.scope[base]
         for cls in types("step").values():
@@ -115,7 +127,7 @@ class _Expansion:
                 f"nothing to start from: the model ({model.type}) names no pretrained weights",
                 f"type {before}{where}.init_from=<folder | hub id | run>, or a model with weights (model=1b)",
             )
-        makers = sorted(name for name, cls in types("stage").items() if issubclass(cls, Stage) and cls.produces == kind)
+        makers = sorted(name for name, cls in types("stage").items() if issubclass(cls, Stage) and kind == cls.produces)
         return Problem(where, f"consumes '{kind}', which no earlier stage makes", f"put {' or '.join(makers) or 'a stage that makes it'} before it")
 
     def corpus(self, _: str, data: Data, __: int) -> Artifact:
@@ -155,7 +167,7 @@ class _Expansion:
             if view and view not in self.experiment.data.views:
                 continue
             if kind == "checkpoint":
-                inputs.append(self.scope["checkpoint"])
+                inputs.append(self.checkpoint())
             else:
                 maker = self.makers[kind.partition(":")[0]]
                 inputs.append(dataclasses.replace(maker(view, self.experiment.data, max_positions(self.config)), kind=kind))
@@ -164,6 +176,6 @@ class _Expansion:
     def quantize(self) -> None:
         if "checkpoint" not in self.scope:
             raise PlanError("quantize", "no stage of this plan makes a checkpoint to quantize", "add a training stage, or type quantize=none")
-        self.scope["checkpoint"] = self.add("quantize", self.experiment.quantize, (self.scope["checkpoint"],))
+        self.scope["checkpoint"] = self.add("quantize", self.experiment.quantize, (self.checkpoint(),))
         if self.experiment.eval.measures(last=True):
             self.evaluate("quantize")

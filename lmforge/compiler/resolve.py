@@ -55,7 +55,8 @@ def _training(step: Step, stage: TrainingStage, config: dict[str, Any]) -> Step:
         if stage.sequences_per_row > 1
         else (f"{batch:,} tokens a step = {batch // stage.row_tokens:,} rows x {seq_len:,}")
     )
-    return dataclasses.replace(step, spec=spec, arithmetic=(*arithmetic, rows, line))
+    own = spec.account(batch // stage.row_tokens, budget.steps or 0)
+    return dataclasses.replace(step, spec=spec, arithmetic=(*arithmetic, rows, line, *own))
 
 
 def _steps(budget: Budget, batch: int, per_token: float, params: int) -> tuple[Budget, str]:

@@ -28,7 +28,7 @@ def order(plan: Plan) -> Iterator[Problem]:
     stages = plan.experiment.stages
     for before, after in itertools.pairwise(stages):
         if after.stage.follows and before.stage.type not in after.stage.follows:
-            ordered = sorted(stages, key=lambda one: "checkpoint" in one.stage.consumes)
+            ordered = sorted(stages, key=lambda one: "checkpoint" in one.stage.takes())
             yield Problem("stage", f"{after.name} cannot come after {before.name}", f"type 'stage=[{','.join(one.name for one in ordered)}]'")
 
 
@@ -36,7 +36,7 @@ def views(plan: Plan) -> Iterator[Problem]:
     """The data must offer the view a stage reads."""
     for named in plan.experiment.stages:
         data = getattr(named.stage, "data", None)
-        if data is not None and named.stage.view and named.stage.view not in data.views:
+        if data is not None and named.stage.view and not data.offers(named.stage.view):
             offers = ", ".join(data.views) or "nothing readable"
             what = f"{data.type} offers {offers}, not the {named.stage.view} view that {named.name} reads"
             yield Problem(f"stage.{named.name}.data", what, f"type stage.{named.name}.data=<an option with a {named.stage.view} view>")

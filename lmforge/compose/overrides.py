@@ -2,6 +2,7 @@
 
 optimizer.schedule=wsd        ->  optimizer/schedule=wsd
 stage.dpo.optimizer=muon      ->  +optimizer@stage.dpo.optimizer=muon
+stage.ppo.reward=length       ->  reward@stage.ppo.reward=length    (its YAML brings a reward already)
 stage.dpo.optimizer.lr=1e-6   ->  ++stage.dpo.optimizer.lr=1e-6     (the strict decode judges the key)
 """
 
@@ -50,10 +51,11 @@ def translate(texts: Iterable[str], catalog: Catalog) -> list[Typed]:
     """Every override for Hydra; ConfigError with all that are wrong."""
     problems: list[Problem] = []
     typed = []
+    texts = list(texts)
     for text in texts:
         try:
             override = OverridesParser.create().parse_override(text)
-            typed.append(_one(text, override, catalog, problems))
+            typed.append(_one(text, override, catalog, texts, problems))
         except HydraException as error:
             problems.append(
                 Problem(
@@ -65,7 +67,7 @@ def translate(texts: Iterable[str], catalog: Catalog) -> list[Typed]:
     return typed
 
 
-def _one(text: str, override: Override, catalog: Catalog, problems: list[Problem]) -> Typed:
+def _one(text: str, override: Override, catalog: Catalog, texts: list[str], problems: list[Problem]) -> Typed:
     key, value = override.key_or_group, text.partition("=")[2]
     if key.split("/")[0].split(".")[0] == "hydra" or key.startswith("hydra@"):
         problems.extend(_hydra_sweep(override))
@@ -87,13 +89,26 @@ def _one(text: str, override: Override, catalog: Catalog, problems: list[Problem
         return Typed(key.replace("/", "."), f"{path}={value}", True)
     first, _, rest = key.partition(".")
     if first in PACKAGED and rest:
-        _name, _, inner = rest.partition(".")
+        name, _, inner = rest.partition(".")
         group = inner.replace(".", "/")
         if group in catalog.options and not isinstance(override.value(), dict):
             problems.extend(_choices(key, group, override, catalog))
-            return Typed(key, f"+{group}@{key}={value}", True)
+            plus = "" if _brings(catalog, texts, first, name, group) else "+"
+            return Typed(key, f"{plus}{group}@{key}={value}", True)
     problems.extend(_known_root(first, override, catalog))
     return Typed(key, f"++{key}={value}", False, _inner(override))
+
+
+def _brings(catalog: Catalog, texts: list[str], packaged: str, name: str, group: str) -> bool:
+    """Whether the option behind `stage.<name>` (its own name, or an alias in the experiment typed) brings an option of the group itself."""
+    options = {name}
+    for text in texts:
+        head, _, chosen = text.partition("=")
+        if head in catalog.options and chosen in catalog.options[head] and head in ("experiment", "sweep"):
+            entries = catalog.load(head, chosen).get("defaults") or []
+            options |= {str(one[f"/{packaged}@{packaged}.{name}"]) for one in entries if isinstance(one, dict) and f"/{packaged}@{packaged}.{name}" in one}
+    files = [catalog.load(packaged, option) for option in options if option in catalog.options.get(packaged, {})]
+    return any(f"/{group}@{group}" in entry for tree in files for entry in tree.get("defaults") or [] if isinstance(entry, dict))
 
 
 def _inner(override: Override) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,15 +49,38 @@ def from_folder(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrai
 
     Raises CheckpointError for a missing, truncated or unreadable file, and for weights that are not exactly the model's.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    model, report = _load(Path(path), dtype, scores=False)
+    _exactly(Path(path), report, allowed=())
+    return model
 
-    folder = Path(path)
+
+def scorer_from_folder(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A sequence classifier with one label, in training mode: a saved reward model, or a causal LM whose head becomes a scalar one of zeros.
+
+    Raises CheckpointError as `from_folder`, and for an architecture of which transformers has no sequence classifier.
+    """
+    model, report = _load(Path(path), dtype, scores=True)
+    head: Any = model.score
+    fresh = {f"score.{name}" for name in head.state_dict()}
+    _exactly(Path(path), report, allowed=(*fresh, "lm_head.weight", "embed_out.weight"))
+    if fresh & set(map(str, report["missing_keys"])):
+        torch.nn.init.zeros_(head.weight)
+    return model
+
+
+def _load(folder: Path, dtype: torch.dtype, *, scores: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
     for file in weight_files(folder):
         _readable(file)
+    maker: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    extra: dict[str, Any] = {"num_labels": 1} if scores else {}
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            if scores and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+                raise CheckpointError(str(folder), f"transformers has no sequence classifier for {config.model_type}", "a reward model of another family")
+            loaded: Any = maker.from_pretrained(
                 folder,
                 dtype=dtype,
                 attn_implementation=_attention(config),
@@ -65,18 +88,21 @@ def from_folder(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrai
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **extra,
             )
     except (OSError, RuntimeError, SafetensorError, *REFUSALS) as error:
         what = f"cannot be loaded: {_first_line(error)}"
         raise CheckpointError(str(folder), what, "its config.json and weights must be of one model that transformers knows") from error
-    model: PreTrainedModel = loaded[0]
-    report: dict[str, Any] = loaded[1]
+    loaded[0].train()
+    return loaded[0], loaded[1]
+
+
+def _exactly(folder: Path, report: Mapping[str, Any], allowed: Collection[str]) -> None:
+    """CheckpointError where weights are missing or left over, but for those allowed to be."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if names := sorted(map(str, report.get(kind) or ())):
+        if names := sorted(set(map(str, report.get(kind) or ())) - set(allowed)):
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise CheckpointError(str(folder), f"{kind.replace('_', ' ')}: {shown}", "the weights are not those of its config.json")
-    model.train()
-    return model
 
 
 def save(model: PreTrainedModel, tokenizer_folder: str | Path, out: str | Path) -> None:
@@ -161,10 +187,14 @@ def _readable(file: Path) -> None:
 
 def _set_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     for target in (model.config, model.generation_config):
+        if target is None:
+            continue
         for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
             setattr(target, name, getattr(tokenizer, name))
     if model.generation_config is not None:
         model.generation_config.eos_token_id = _stop_ids(tokenizer)
+    if hasattr(model, "score") and model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.eos_token_id  # a sequence classifier looks for the last token before padding
 
 
 def _stop_ids(tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:

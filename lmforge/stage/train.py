@@ -1,28 +1,17 @@
-"""A training stage as it runs: weights in, `fit`, a Hugging Face folder out; and the reference pass of preference stages."""
+"""A training stage as it runs: weights in, `fit`, a Hugging Face folder out."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-
-from lmforge.formats.tokens import Tokens
 from lmforge.model import build
 from lmforge.stage.nodes import Pretrain, TrainingStage
 from lmforge.step import Context
 from lmforge.training.fit import fit
-from lmforge.training.objectives.dpo import PairRows
 from lmforge.training.recipe import Recipe
-from lmforge.training.scoring import preference_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-PAIRS_PER_BATCH = 16
-SPLITS = ("train", "heldout")
 
 
 def train(stage: TrainingStage, context: Context) -> dict[str, Any]:
@@ -61,30 +50,3 @@ def recipe(stage: TrainingStage) -> Recipe:
         log_every=stage.log_every,
         save_every_s=stage.save_every_s,
     )
-
-
-def reference(context: Context) -> dict[str, Any]:
-    """Log-probs of every preference example under the incoming policy, dropout off, one file a split.
-
-    In float32 on the accelerator, where there is one. They are computed once and kept, so they are as exact as they can be, whatever dtype
-    the policy then computes in: its log-ratios start at 0 up to the rounding of that dtype.
-    """
-    model: Any = build.from_folder(context.inputs["checkpoint"], torch.float32)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    counted = {}
-    for done, split in enumerate(SPLITS):
-        context.report.progress(done, len(SPLITS), split)
-        scores = preference_logprobs(model, PairRows(Tokens(context.inputs["tokens:preference"], split)), PAIRS_PER_BATCH)
-        write_array(context.out / f"{split}.npy", scores)
-        counted[f"examples_{split}"] = len(scores)
-    return counted
-
-
-def write_array(file: Path, array: np.ndarray[Any, Any]) -> None:
-    """Atomic: the file is whole or not there."""
-    temporary = file.with_name(f".{file.name}")
-    with temporary.open("wb") as handle:
-        np.save(handle, array)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, file)

@@ -1,0 +1,140 @@
+"""Preference losses as stages: each is a loss function and its keys; the pairs, the reference pass and the training are shared."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from lmforge.registry import Key, node, register
+from lmforge.stage.base import Tuning
+from lmforge.step import Context, StepNode
+
+
+@node
+class Pairwise(Tuning):
+    """A loss over (chosen, rejected) log-probs, and over the reference policy's where the stage consumes `reference`."""
+
+    consumes = ("checkpoint", "tokens:preference", "reference")
+    sequences_per_row = 2  # chosen and rejected
+
+    def loss(self, pairs: Any) -> Any:
+        """`lmforge.training.losses.preference.Pairs` to a `PairLoss`."""
+        raise RuntimeError(f"{type(self).__name__} has no loss()")
+
+    def objective(self, context: Context) -> Any:
+        """The stage's loss over its pairs."""
+        from lmforge.training.objectives.preference import Preference
+
+        return Preference(context.inputs["tokens:preference"], context.inputs.get("reference"), self.loss)
+
+
+@register("stage", "dpo")
+class Dpo(Pairwise):
+    """DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7): log-probs summed over the response, not averaged."""
+
+    beta: Annotated[float, Key("strength of the pull towards the reference policy", gt=0)]
+    label_smoothing: Annotated[float, Key("share of labels assumed flipped (conservative DPO, Mitchell 2023)", ge=0, lt=0.5)]
+    length_normalized: Annotated[bool, Key("average log-probs over the response's tokens instead of summing (Lambert et al. 2024, section 5)")]
+
+    def loss(self, pairs: Any) -> Any:
+        from lmforge.training.losses.preference import dpo
+
+        return dpo(pairs, beta=self.beta, label_smoothing=self.label_smoothing, length_normalized=self.length_normalized)
+
+
+@register("stage", "ipo")
+class Ipo(Pairwise):
+    """IPO (Azar et al. 2023, arXiv 2310.12036, eq. 17): the log-ratio gap is regressed to 1/(2 beta), so it cannot grow without end."""
+
+    beta: Annotated[float, Key("the paper's tau: the gap aimed at is 1/(2 beta)", gt=0)]
+    average_log_ratio: Annotated[bool, Key("average log-ratios over tokens, as TRL does; the paper sums them")]
+
+    def loss(self, pairs: Any) -> Any:
+        from lmforge.training.losses.preference import ipo
+
+        return ipo(pairs, beta=self.beta, average_log_ratio=self.average_log_ratio)
+
+
+@register("stage", "hinge")
+class Hinge(Pairwise):
+    """Hinge loss on the normalised likelihood margin (SLiC, Zhao et al. 2023, arXiv 2305.10425; RSO, Liu et al. 2023): no pull beyond a margin of 1/beta."""
+
+    beta: Annotated[float, Key("the inverse of the margin asked for", gt=0)]
+
+    def loss(self, pairs: Any) -> Any:
+        from lmforge.training.losses.preference import hinge
+
+        return hinge(pairs, beta=self.beta)
+
+
+@register("stage", "orpo")
+class Orpo(Pairwise):
+    """ORPO (Hong et al. 2024, arXiv 2403.07691, eq. 6): cross entropy of the chosen answer plus a log odds ratio; no reference policy."""
+
+    consumes = ("checkpoint", "tokens:preference")
+
+    beta: Annotated[float, Key("weight of the odds-ratio term, the paper's lambda", gt=0)]
+
+    def loss(self, pairs: Any) -> Any:
+        from lmforge.training.losses.preference import orpo
+
+        return orpo(pairs, beta=self.beta)
+
+
+@register("stage", "simpo")
+class Simpo(Pairwise):
+    """SimPO (Meng et al. 2024, arXiv 2405.14734, eq. 6): average log-probs with a target margin; no reference policy."""
+
+    consumes = ("checkpoint", "tokens:preference")
+
+    beta: Annotated[float, Key("scale of the average log-probs", gt=0)]
+    gamma: Annotated[float, Key("margin by which the chosen one must lead, in units of the scaled reward", ge=0)]
+
+    def loss(self, pairs: Any) -> Any:
+        from lmforge.training.losses.preference import simpo
+
+        return simpo(pairs, beta=self.beta, gamma=self.gamma)
+
+
+@register("stage", "kto")
+class Kto(Tuning):
+    """KTO (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8) on single answers labelled good or bad; pairs count as one of each."""
+
+    consumes = ("checkpoint", "tokens:feedback", "feedback_reference")
+
+    beta: Annotated[float, Key("strength of the pull towards the reference policy", gt=0)]
+    desirable_weight: Annotated[float, Key("weight of good answers, the paper's lambda_D", gt=0)]
+    undesirable_weight: Annotated[float, Key("weight of bad answers, the paper's lambda_U", gt=0)]
+
+    def objective(self, context: Context) -> Any:
+        """The loss against cached reference log-probs, with the KL baseline of the whole global batch."""
+        from lmforge.training.objectives.kto import Kto as Objective
+
+        return Objective(
+            context.inputs["tokens:feedback"],
+            context.inputs["feedback_reference"],
+            beta=self.beta,
+            desirable_weight=self.desirable_weight,
+            undesirable_weight=self.undesirable_weight,
+        )
+
+
+@register("step", "reference")
+class Reference(StepNode):
+    """Log-probs of every preference example under the policy before training: computed once, shared by sweep points and epochs."""
+
+    consumes = ("checkpoint", "tokens:preference")
+    produces = "reference"
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """One forward pass over the examples."""
+        from lmforge.stage.reference import reference
+
+        return reference(context)
+
+
+@register("step", "feedback_reference")
+class FeedbackReference(Reference):
+    """The same for labelled single answers, and for the mismatched ones that KTO's KL baseline is taken from."""
+
+    consumes = ("checkpoint", "tokens:feedback")
+    produces = "feedback_reference"

@@ -1,0 +1,124 @@
+"""Reinforcement learning on answers the policy itself writes: PPO with a value model, GRPO with groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+from lmforge.errors import PlanError, Problem
+from lmforge.model.families import Weight
+from lmforge.registry import Key, node, register
+from lmforge.reward.nodes import Reward
+from lmforge.stage.base import Load, Tuning
+from lmforge.stage.reward import scalar_head
+from lmforge.step import Context
+
+
+@node
+class Reinforcement(Tuning):
+    """Rollouts from the policy, scored by a reward, learned from in minibatches: a row is a prompt with its answer."""
+
+    consumes = ("checkpoint", "tokens:prompt")
+
+    reward: Annotated[Reward, Key("what an answer is worth")]
+    max_new_tokens: Annotated[int, Key("longest answer; prompts get the rest of seq_len", "tokens", ge=1)]
+    temperature: Annotated[float, Key("temperature that answers are drawn at, from the whole distribution; the loss is taken at the same one", gt=0)]
+    epochs: Annotated[int, Key("passes over each rollout", ge=1)]
+    minibatches: Annotated[int, Key("parts of a rollout, an optimizer step each", ge=1)]
+    missing_eos_penalty: Annotated[float | None, Key("taken from the reward of an answer that did not end; null = nothing", ge=0)]
+    eval_prompts: Annotated[int, Key("held-out prompts answered by the policy before and after, for the step's figures", "prompts", ge=2)]
+    sample_every: Annotated[int | None, Key("how often answers are shown as a table; null = never", "optimizer steps", gt=0, identity=False)]
+
+    def takes(self) -> tuple[str, ...]:
+        """What it consumes, and what its reward needs."""
+        return (*self.consumes, *self.reward.takes())
+
+    def example_tokens(self, context_tokens: int) -> int:
+        """The longest prompt: what an answer leaves of the sequence."""
+        return (self.seq_len or context_tokens) - self.max_new_tokens
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps a rollout."""
+        return self.epochs * self.minibatches
+
+    def account(self, rows: int, steps: int) -> Iterator[str]:
+        """How many rollouts the steps are."""
+        answers = rows * self.minibatches
+        yield f"a rollout = {self.minibatches} x {rows:,} rows = {answers:,} answers, used for {self.epochs} x {self.minibatches} = {self.updates} steps"
+        yield f"{steps:,} steps = {-(-steps // self.updates):,} rollouts = {-(-steps // self.updates) * answers:,} answers of at most {self.max_new_tokens:,} tokens"
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """Train from the checkpoint given; the figures are of held-out prompts, before and after."""
+        from lmforge.stage.rl import train
+
+        return train(self, context)
+
+
+@register("stage", "ppo")
+class Ppo(Reinforcement):
+    """PPO (Schulman et al. 2017, arXiv 1707.06347) with a KL penalty to the starting policy and a value model (Ziegler et al. 2019; Ouyang et al. 2022)."""
+
+    kl_coef: Annotated[float, Key("KL penalty in the reward, per token; the first value where kl_target adapts it", ge=0)]
+    kl_target: Annotated[float | None, Key("KL of an answer to the starting policy aimed at; null = kl_coef stays (Ziegler et al. 2019, 2.2)", "nats", gt=0)]
+    kl_horizon: Annotated[int, Key("answers over which an adaptive kl_coef may change by its own size", "answers", gt=0)]
+    gamma: Annotated[float, Key("discount", gt=0, le=1)]
+    gae_lambda: Annotated[float, Key("lambda of generalized advantage estimation (Schulman et al. 2016)", ge=0, le=1)]
+    clip_range: Annotated[float, Key("how far the probability ratio may move from 1", gt=0)]
+    value_clip_range: Annotated[float | None, Key("how far a value may move from the rollout's; null = as it likes", gt=0)]
+    value_coef: Annotated[float, Key("weight of the value loss", ge=0)]
+    entropy_coef: Annotated[float, Key("weight of an entropy bonus", ge=0)]
+    whiten_advantages: Annotated[bool, Key("bring a rollout's advantages to mean 0 and variance 1")]
+    whiten_rewards: Annotated[bool, Key("bring a rollout's rewards to variance 1")]
+    value_init: Annotated[Literal["reward", "policy"] | None, Key("what the value model starts from; null = the reward model where the reward is one, else the policy")]
+
+    def takes(self) -> tuple[str, ...]:
+        """The reward model too, where the value model starts from it."""
+        kinds = super().takes()
+        return (*kinds, "reward_model") if self.value_init == "reward" and "reward_model" not in kinds else kinds
+
+    @property
+    def value_start(self) -> str:
+        """`reward` or `policy`."""
+        return self.value_init or ("reward" if "reward_model" in self.reward.takes() else "policy")
+
+    def load(self, weights: Sequence[Weight]) -> Load:
+        """Policy and value model trained; the starting policy and the reward model frozen."""
+        policy, whole = super().load(weights), scalar_head(weights)
+        value = (*self.adapter.trainable(weights), whole[-1]) if not self.adapter.trains_all else whole
+        reference = tuple(weights) if self.adapter.trains_all else whole  # with an adapter the reference is the policy with it off; the value's base is frozen
+        return Load((*policy.trained, *value), (*policy.frozen, *reference, *(whole if "reward_model" in self.reward.takes() else ())))
+
+
+@register("stage", "grpo")
+class Grpo(Reinforcement):
+    """GRPO (Shao et al. 2024, arXiv 2402.03300, eq. 3): advantages relative to a group of answers to one prompt, so no value model."""
+
+    group_size: Annotated[int, Key("answers to each prompt", "answers", ge=2)]
+    kl_coef: Annotated[float, Key("weight of the KL to the starting policy in the loss, by the k3 estimator (Schulman 2020)", ge=0)]
+    clip_low: Annotated[float, Key("how far the probability ratio may fall below 1", gt=0, lt=1)]
+    clip_high: Annotated[float, Key("how far it may rise above 1; more than clip_low is clip-higher (DAPO, Yu et al. 2025)", gt=0)]
+    scale_rewards: Annotated[Literal["group", "batch", "none"], Key("whose standard deviation advantages are divided by; none = Dr. GRPO (Liu et al. 2025)")]
+    loss_type: Annotated[
+        Literal["grpo", "dapo", "dr_grpo"], Key("mean of answers' means, mean over all tokens of the batch, or sum over tokens / (answers x max_new_tokens)")
+    ]
+
+    def account(self, rows: int, steps: int) -> Iterator[str]:
+        """Whole groups only."""
+        answers = rows * self.minibatches
+        if answers % self.group_size:
+            what = f"a rollout of {self.minibatches} x {rows} answers is no whole number of groups of {self.group_size}"
+            raise PlanError("stage.grpo.group_size", what, "type a divisor of the answers, or another optimizer.global_batch_tokens")
+        yield from super().account(rows, steps)
+
+    def load(self, weights: Sequence[Weight]) -> Load:
+        """The policy trained; the starting policy frozen where the loss needs it and no adapter can be switched off; the reward model frozen."""
+        policy = super().load(weights)
+        reference = tuple(weights) if self.kl_coef and self.adapter.trains_all else ()
+        return Load(policy.trained, (*policy.frozen, *reference, *(scalar_head(weights) if "reward_model" in self.reward.takes() else ())))
+
+    def check(self, where: str) -> Iterator[Problem]:
+        """Clipping must leave room."""
+        yield from super().check(where)
+        if self.clip_high < self.clip_low:
+            yield Problem(f"{where}.clip_high", f"{self.clip_high:g} is below clip_low={self.clip_low:g}", "give at least clip_low; more is clip-higher")
