@@ -18,7 +18,7 @@ from lmforge.stage.nodes import Pretrain
 from lmforge.stage.train import recipe
 from lmforge.step import Context, Placement, Report
 from lmforge.training.fit import fit
-from lmforge.training.losses import IGNORE, token_cross_entropy
+from lmforge.training.losses.tokens import IGNORE, token_cross_entropy
 from lmforge.training.objectives.causal_lm import CausalLM
 from lmforge.training.order import StepData
 

@@ -145,7 +145,14 @@ class World:
             chosen = {"text": [f"data.path={self.text}"], "mixture": [f"data.sources.own.path={self.text}"]}
             return [f"data={option}", "stage=pretrain", "eval=none", *chosen.get(option, []), *hardware]
         if group == "stage":
+            if option == "ppo":  # a reward model, with a tokenizer that it shares, only comes with a pipeline
+                return ["stage=[pretrain,sft,reward,ppo]", "eval=none", *data, *hardware]
             return [f"stage={option}", *([f"stage.{option}.init_from={self.weights}"] if option != "pretrain" else []), *data, *hardware]
+        if group == "adapter":
+            return [f"adapter={option}", "stage=[pretrain,sft]", "eval=none", *data, *hardware]
+        if group == "reward":
+            first = {"model": "reward,"}.get(option, "")
+            return [f"stage.grpo.reward={option}", f"stage=[pretrain,sft,{first}grpo]", "eval=none", *data, *hardware]
         if group == "hardware":
             return [f"hardware={option}", "stage=pretrain", "parallel=ddp", "parallel.devices=1", *data]
         several = ["parallel.devices=4"] if group == "parallel" and option != "single" else []
@@ -161,6 +168,10 @@ class World:
             "include_path": [str(self.tasks)],
             "exclude": [["idlelib"]],
             "tasks": [["heldout_code"]],
+            "seq_len": [200],
+            "target_modules": [["q_proj"]],
+            "pattern": ["another"],
+            "rewards": [{"parses": {"min_nodes": 2}}],
             "sources": [{"code": {"heldout_fraction": 0.5}}],
         }.get(leaf.name, [])
 
@@ -209,6 +220,8 @@ def places(plain: dict[str, Any], group: str, option: str) -> list[dict[str, Any
     stages = {one["name"]: one["stage"] for one in plain["stages"]}
     if group == "stage":
         return [stages[option]]
+    if group == "reward":
+        return [stages["grpo"]["reward"]]
     head, _, rest = group.partition("/")
     found = [one[head] for one in (plain, *stages.values()) if isinstance(one.get(head), dict)]
     return [one[rest] for one in found] if rest else found
@@ -350,7 +363,7 @@ class Reads:
         found: dict[str, set[type]] = {}
         for on, attribute, owner, method in inside:
             known = owner is not None and owner.__module__ in sys.modules and issubclass(owner, Node)
-            related = not known or any(issubclass(owner, one) or issubclass(one, owner) for one in called.get(method, ()))  # type: ignore[arg-type]
+            related = not known or any(_related(owner, one) for one in called.get(method, ()))  # type: ignore[arg-type]
             if method != "check" and related:
                 found.setdefault(attribute, set()).add(on)
         return cls(found, called)
@@ -358,6 +371,11 @@ class Reads:
     def live(self, cls: type, key: str) -> bool:
         """Is the key read on this class, or on one it inherits the key from?"""
         return any(on in cls.__mro__ for on in self.found.get(key, ()))
+
+
+def _related(owner: type, on: type) -> bool:
+    """Whether a method called on one may be the other's; one called on a protocol may be anybody's."""
+    return getattr(on, "_is_protocol", False) or issubclass(owner, on) or issubclass(on, owner)
 
 
 class _Module:
@@ -374,7 +392,7 @@ class _Module:
             if isinstance(one, ast.ClassDef):
                 # What a class puts on `self` is read from its text, whether another test has loaded it or not.
                 owner = self.resolve(one.name)
-                if owner is None or not dataclasses.is_dataclass(owner):
+                if owner is None or not (dataclasses.is_dataclass(owner) or issubclass(owner, Node)):
                     owner = self.stand_in(one)
                 for inner in one.body:
                     if isinstance(inner, ast.FunctionDef):
@@ -484,7 +502,9 @@ def _assigned(one: ast.AST) -> list[tuple[ast.expr, ast.expr]]:
 def _fields(module: str, name: str) -> list[str]:
     """A dataclass's fields by its source, for it may be on the torch side."""
     file = PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
-    found = next(one for one in ast.parse(file.read_text()).body if isinstance(one, ast.ClassDef) and one.name == name)
+    found = next((one for one in ast.parse(file.read_text()).body if isinstance(one, ast.ClassDef) and one.name == name), None)
+    if found is None:
+        return []
     return [one.target.id for one in found.body if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)]
 
 
@@ -545,7 +565,7 @@ def test_every_key_can_be_typed_without_a_plus(group: str, option: str, world: W
     """All keys of the option typed at once, at the values they have, give the same experiment."""
     base = world.base(group, option)
     before = experiment(App(base).compose())
-    root = f"stage.{option}" if group == "stage" else group.replace("/", ".")
+    root = {"stage": f"stage.{option}", "reward": "stage.grpo.reward"}.get(group, group.replace("/", "."))
     given = {one.partition("=")[0] for one in base}
     values = {leaf.path: leaf for leaf in leaves(node_of(group, option), places(encode(before), group, option)[0])}
     place = places(encode(before), group, option)[0]

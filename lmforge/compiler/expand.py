@@ -33,6 +33,7 @@ def expand(plan: Plan) -> Plan:
 
 
 WEIGHTS = ("checkpoint", "adapter")
+SHORTEST = 2  # tokens of an example
 
 
 class _Expansion:
@@ -92,8 +93,17 @@ class _Expansion:
         if "checkpoint" in self.scope and stage.makes() in WEIGHTS and "checkpoint" not in wanted:
             wanted.insert(0, "checkpoint")
         data = getattr(stage, "data", self.experiment.data)
-        inputs = tuple(self.need(kind, named, data, stage.example_tokens(max_positions(self.config))) for kind in wanted)
+        inputs = tuple(self.need(kind, named, data, self.example_tokens(named)) for kind in wanted)
         self.scope[stage.makes()] = self.add(named.name, stage, inputs)
+
+    def example_tokens(self, named: NamedStage) -> int:
+        """The longest example the stage takes; PlanError where its answers leave no room for a prompt."""
+        context = max_positions(self.config)
+        room, answer = named.stage.example_tokens(context), getattr(named.stage, "max_new_tokens", 0)
+        if room < SHORTEST:
+            what = f"{answer:,} tokens of answer leave no room for a prompt in {room + answer:,}"
+            raise PlanError(f"stage.{named.name}.max_new_tokens", what, f"type at most {(room + answer) // 2}")
+        return room
 
     def checkpoint(self) -> Artifact:
         """The latest weights; an adapter is merged into its base when somebody asks for them, and not before."""
@@ -112,7 +122,7 @@ class _Expansion:
         if base in self.scope:
             return self.scope[base]
         for cls in types("step").values():
-            if issubclass(cls, StepNode) and cls.produces == base and not keys(cls):
+            if issubclass(cls, StepNode) and cls.produces == base and base not in cls.consumes and not keys(cls):
                 inputs = tuple(self.need(one, named, data, seq_len) for one in cls.consumes)
                 return self.add(f"{named.name}.{base}", cls(), inputs)
         raise PlanError.of([self.missing(kind, named)])

@@ -9,9 +9,9 @@ from lmforge.errors import PlanError, Problem
 from lmforge.model.agree import differences
 from lmforge.model.fetch import FetchWeights
 from lmforge.model.source import local_folder, read_config
-from lmforge.model.weights import max_positions, vocab_size
+from lmforge.model.weights import max_positions, vocab_size, weights
 from lmforge.plan import Plan
-from lmforge.stage.nodes import TrainingStage
+from lmforge.stage.nodes import TrainingStage, Tuning
 from lmforge.tokenizer.nodes import Tokenize
 
 
@@ -100,6 +100,22 @@ def whole_weights(plan: Plan) -> Iterator[Problem]:
                 yield Problem(str(file), "is truncated or no safetensors file", "restore it, or make the checkpoint again")
 
 
+def adapters(plan: Plan) -> Iterator[Problem]:
+    """An adapter's targets are the model's, and a soft prompt stays the last thing trained, for it cannot be merged into weights."""
+    config = plan.experiment.model.config()
+    soft = ""
+    for named in plan.experiment.stages:
+        stage = named.stage
+        if soft and "checkpoint" in stage.takes():
+            what = f"{soft} trains a soft prompt, which cannot be merged into the weights that {named.name} starts from"
+            yield Problem(f"stage.{named.name}", what, f"make {soft} the last stage, or type stage.{soft}.adapter=lora")
+        if isinstance(stage, Tuning):
+            yield from stage.adapter.problems(weights(config), f"stage.{named.name}.adapter")
+            soft = soft or ("" if stage.adapter.packs else named.name)
+    if soft and plan.experiment.quantize.produces:
+        yield Problem("quantize", f"{soft} trains a soft prompt, which cannot be merged into the weights", "type quantize=none, or another adapter")
+
+
 def devices(plan: Plan) -> Iterator[Problem]:
     """No more devices than there are."""
     machine = plan.experiment.hardware.machine()
@@ -113,4 +129,4 @@ def devices(plan: Plan) -> Iterator[Problem]:
             )
 
 
-RULES = (order, views, one_model, context, vocabulary, same_shape, whole_weights, devices)
+RULES = (order, views, one_model, context, vocabulary, same_shape, whole_weights, adapters, devices)

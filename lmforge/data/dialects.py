@@ -1,32 +1,35 @@
-"""The row shapes in use, brought to ours: text, chat (messages, prompt/completion, Alpaca, ShareGPT) and preference."""
+"""The row shapes in use, brought to ours: text, chat (messages, prompt/completion, Alpaca, ShareGPT), preference, feedback (KTO) and prompt."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from lmforge.data import turns
+from lmforge.data.turns import BadRow, Message, text
+from lmforge.formats import conversation
+
 Row = dict[str, Any]
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant", "tool": "tool"}
-
-
-class BadRow(Exception):
-    """A row that cannot be used: `kind` is counted in the account, `reason` goes to the quarantine."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        self.kind, self.reason = kind, reason
-        super().__init__(kind, reason)
+ANSWERS = ("answer", "solution", "ground_truth")  # names of a prompt's reference answer
 
 
 def view_of(value: Mapping[str, Any], text_field: str) -> str:
     """The view that a row's fields speak of; BadRow where they say nothing."""
-    if "chosen" in value and "rejected" in value:
+    fields = value.keys()
+    if {"chosen", "rejected"} <= fields:
         return "preference"
-    if "messages" in value or "conversations" in value or {"prompt", "completion"} <= value.keys() or {"instruction", "output"} <= value.keys():
+    if {"prompt", "completion", "label"} <= fields:
+        return "feedback"
+    if "messages" in fields or "conversations" in fields or {"prompt", "completion"} <= fields or {"instruction", "output"} <= fields:
         return "chat"
-    if text_field in value:
+    if text_field in fields:
         return "text"
+    if "prompt" in fields or {"question", "answer"} <= fields:
+        return "prompt"
     names = ", ".join(sorted(value)) or "none"
-    wanted = f"{text_field}; messages; conversations; prompt + completion; instruction + output; prompt + chosen + rejected"
+    wanted = f"{text_field}; messages; conversations; prompt (+ completion (+ label)); instruction + output; prompt + chosen + rejected; question + answer"
     raise BadRow("missing_field", f"no known fields (has: {names}; wanted one of: {wanted})")
 
 
@@ -35,119 +38,104 @@ def parse(value: Any, text_field: str, view: str | None) -> tuple[str, Row]:
     if not isinstance(value, Mapping):
         raise BadRow("wrong_type", f"expected an object, got {type(value).__name__}")
     view = view or view_of(value, text_field)
-    row = {"text": _text_row, "chat": _chat_row, "preference": _preference_row}[view](value, text_field)
-    return view, row
+    if view == "text":
+        return view, {"text": text(value.get(text_field), text_field)}
+    return view, {"chat": _chat, "preference": _preference, "feedback": _feedback, "prompt": _prompt}[view](value)
 
 
-def _string(value: Any, name: str, *, empty: bool = False) -> str:
-    if value is None:
-        raise BadRow("missing_field", f"{name} is missing")
-    if not isinstance(value, str):
-        raise BadRow("wrong_type", f"{name} is {type(value).__name__}, not text")
-    if not empty and not value.strip():
-        raise BadRow("empty", f"{name} is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow("not_utf8", f"{name} holds half of a surrogate pair") from error
-    return value
-
-
-def _text_row(value: Mapping[str, Any], text_field: str) -> Row:
-    return {"text": _string(value.get(text_field), text_field)}
-
-
-def _chat_row(value: Mapping[str, Any], _: str) -> Row:
+def _chat(value: Mapping[str, Any]) -> Row:
     if "messages" in value:
-        return {"messages": _messages(value["messages"], "messages", "role", "content")}
+        return {"messages": turns.chat(value["messages"], "messages")}
     if "conversations" in value:
-        return {"messages": _messages(value["conversations"], "conversations", "from", "value")}
+        return {"messages": turns.chat(value["conversations"], "conversations", "from", "value")}
     if "completion" in value:
-        return {"messages": _turn(_string(value.get("prompt"), "prompt"), _string(value["completion"], "completion"))}
+        asked, (before, said) = turns.prompt(value.get("prompt"), "prompt"), turns.answer(value["completion"], "completion")
+        if before:
+            raise BadRow("wrong_type", "completion is not one assistant turn")
+        return {"messages": conversation.of(asked, said)}
     if "instruction" in value:
-        asked, extra = _string(value["instruction"], "instruction"), _string(value.get("input") or "", "input", empty=True)
-        return {"messages": _turn(f"{asked}\n\n{extra}" if extra.strip() else asked, _string(value.get("output"), "output"))}
+        asked, extra = text(value["instruction"], "instruction"), text(value.get("input") or "", "input", empty=True)
+        return {"messages": conversation.of(f"{asked}\n\n{extra}" if extra.strip() else asked, text(value.get("output"), "output"))}
     raise BadRow("missing_field", "no messages, conversations, prompt + completion, or instruction + output")
 
 
-def _turn(user: str, assistant: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-
-
-def _messages(value: Any, name: str, role_key: str, content_key: str) -> list[dict[str, str]]:
-    if not isinstance(value, list):
-        raise BadRow("wrong_type", f"{name} is {type(value).__name__}, not a list")
-    found = []
-    for index, one in enumerate(value):
-        where = f"{name}[{index}]"
-        if not isinstance(one, Mapping):
-            raise BadRow("wrong_type", f"{where} is {type(one).__name__}, not an object")
-        role = _string(one.get(role_key), f"{where}.{role_key}")
-        if role not in ROLES:
-            raise BadRow("wrong_type", f"{where}.{role_key} is {role!r}, not one of {', '.join(ROLES)}")
-        found.append({"role": ROLES[role], "content": _string(one.get(content_key), f"{where}.{content_key}")})
-    if not any(one["role"] == "assistant" for one in found):
-        raise BadRow("missing_field", f"{name} has no assistant turn to learn from")
-    if found[0]["role"] == "assistant":
-        raise BadRow("missing_field", f"{name} begins with the assistant, so there is no prompt")
-    return found
-
-
-def _preference_row(value: Mapping[str, Any], _: str) -> Row:
-    """Prompt, chosen and rejected as text; a one-turn conversation in `chosen` and `rejected` is unfolded."""
-    prompt, chosen = _response(value, "chosen")
-    other, rejected = _response(value, "rejected")
-    given = value.get("prompt")
-    if isinstance(given, list):
-        given = _single(given, "prompt")
-    found = _string(given if given is not None else prompt, "prompt")
-    if any(one is not None and one != found for one in (prompt, other)):
-        raise BadRow("wrong_type", "chosen and rejected do not answer the same prompt")
+def _preference(value: Mapping[str, Any]) -> Row:
+    """Prompt, chosen and rejected; a prompt that is not given stands before the last turn of both."""
+    (before, chosen), (other, rejected) = (turns.answer(value.get(side), side) for side in ("chosen", "rejected"))
+    asked = None if value.get("prompt") is None else turns.prompt(value["prompt"], "prompt")
+    row: Row = {"prompt": _common(asked, before, other), "chosen": chosen, "rejected": rejected}
     if chosen == rejected:
-        raise BadRow("empty", "chosen and rejected are the same")
-    return {"prompt": found, "chosen": chosen, "rejected": rejected}
+        raise BadRow("chosen_is_rejected", "chosen and rejected are the same")
+    margin = value.get("margin")
+    if margin is None:
+        return row
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
+        raise BadRow("wrong_type", f"margin is {margin!r}, not a number")
+    return row | {"margin": margin}
 
 
-def _response(value: Mapping[str, Any], name: str) -> tuple[str | None, str]:
-    """(prompt or None, response) of one side."""
-    side = value.get(name)
-    if not isinstance(side, list):
-        return None, _string(side, name)
-    turns = side if side and isinstance(side[0], Mapping) and side[0].get("role") == "assistant" else _messages(side, name, "role", "content")
-    roles = [one.get("role") for one in turns if isinstance(one, Mapping)]
-    if roles == ["assistant"]:
-        return None, _string(turns[0].get("content"), f"{name}[0].content")
-    if roles == ["user", "assistant"]:
-        return turns[0]["content"], turns[1]["content"]
-    raise BadRow("wrong_type", f"{name} is not one prompt and one answer")
+def _common(asked: str | list[Message] | None, before: list[Message], other: list[Message]) -> str | list[Message]:
+    """The prompt that both sides answer: the one given, or the longer one that they repeat and that begins or ends with it."""
+    found = [one for one in (before, other) if one]
+    if asked is None and len(found) < 2:
+        raise BadRow("missing_field", "prompt is missing")
+    given = [] if asked is None else conversation.of(asked)
+    longest = max([given, *found], key=len)
+    if any(one != longest for one in found) or given not in (longest[: len(given)], longest[len(longest) - len(given) :]):
+        raise BadRow("different_prompts", "chosen and rejected do not answer the same prompt")
+    return turns.prompt(longest, "the prompt")
 
 
-def _single(turns: list[Any], name: str) -> str:
-    if len(turns) == 1 and isinstance(turns[0], Mapping) and turns[0].get("role") == "user":
-        return _string(turns[0].get("content"), f"{name}[0].content")
-    raise BadRow("wrong_type", f"{name} is not a single user turn")
+def _feedback(value: Mapping[str, Any]) -> Row:
+    before, said = turns.answer(value.get("completion"), "completion")
+    asked = _common(None if value.get("prompt") is None else turns.prompt(value["prompt"], "prompt"), before, before)
+    if not isinstance(label := value.get("label"), bool):
+        raise BadRow("label_not_boolean", f"label is {'missing' if label is None else repr(label)}, not a boolean")
+    return {"prompt": asked, "completion": said, "label": label}
+
+
+def _prompt(value: Mapping[str, Any]) -> Row:
+    name = next((one for one in ("prompt", "question", "messages") if value.get(one) is not None), "prompt")
+    found = next((one for one in ANSWERS if value.get(one) is not None), None)
+    given = value[found] if found else None
+    if isinstance(given, (int, float)) and not isinstance(given, bool):
+        given = json.dumps(given)
+    return {"prompt": turns.prompt(value.get(name), name), "answer": text(given, str(found)) if found else None}
 
 
 def texts(view: str, row: Mapping[str, Any]) -> list[str]:
-    """The texts of a row in order, roles included for a chat: what deduplication and byte counts go by."""
+    """The texts of a row in order, roles included for messages: what deduplication goes by."""
     if view == "text":
         return [row["text"]]
     if view == "chat":
-        return [part for message in row["messages"] for part in (message["role"], message["content"])]
-    return [row["prompt"], row["chosen"], row["rejected"]]
+        return [part for message in row["messages"] for part in (message["role"], message["content"], *_more(message))]
+    prompt = [row["prompt"]] if isinstance(row["prompt"], str) else texts("chat", {"messages": row["prompt"]})
+    return [*prompt, *_answers(row), *([str(row["label"])] if view == "feedback" else [])]
 
 
 def question(view: str, row: Mapping[str, Any]) -> list[str]:
-    """What decides a row's split: its text, or its prompt alone, so that one prompt never stands on both sides."""
+    """What decides a row's split: its text, or its first question alone, so that one prompt never stands on both sides."""
     if view == "text":
         return [row["text"]]
-    if view == "chat":
-        turns = [message["role"] for message in row["messages"]]
-        return [message["content"] for message in row["messages"][: turns.index("assistant")]]
-    return [row["prompt"]]
+    messages = row["messages"] if view == "chat" else conversation.of(row["prompt"])
+    first = next((index for index, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
+    return [message["content"] for message in messages[:first]]
 
 
 def size(view: str, row: Mapping[str, Any]) -> int:
     """UTF-8 bytes of a row's contents."""
-    parts = [message["content"] for message in row["messages"]] if view == "chat" else texts(view, row)
-    return sum(len(part.encode()) for part in parts)
+    if view == "text":
+        return len(row["text"].encode())
+    messages = row["messages"] if view == "chat" else conversation.of(row["prompt"])
+    contents = [part for message in messages for part in (message["content"], *_more(message))]
+    return sum(len(part.encode()) for part in [*contents, *_answers(row)])
+
+
+def _answers(row: Mapping[str, Any]) -> list[str]:
+    return [row[name] for name in ("chosen", "rejected", "completion", "answer") if row.get(name) is not None]
+
+
+def _more(message: Message) -> list[str]:
+    """What a message holds beside role and content."""
+    found = {key: message[key] for key in message if key not in ("role", "content")}
+    return [json.dumps(found, sort_keys=True, ensure_ascii=False)] if found else []

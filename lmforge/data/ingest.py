@@ -9,6 +9,7 @@ from pathlib import Path
 from lmforge.data import dialects
 from lmforge.data.files import Raw, read
 from lmforge.data.split import Row, Splitter, key
+from lmforge.data.turns import BadRow
 from lmforge.errors import DataError
 from lmforge.formats import corpus
 from lmforge.formats.manifest import label
@@ -32,9 +33,9 @@ class Intake:
         self.writer.account.rows.entered += 1
         try:
             if raw.problem:
-                raise dialects.BadRow(*raw.problem)
+                raise BadRow(*raw.problem)
             view, row = dialects.parse(raw.value, self.text_field, self.view)
-        except dialects.BadRow as bad:
+        except BadRow as bad:
             self.writer.account.rows.dropped[bad.kind] += 1
             self.writer.quarantine(raw.file, raw.line, bad.reason)
             self._first_bad = self._first_bad or (f"{raw.file}:{raw.line}", bad.reason)
@@ -114,6 +115,6 @@ def peek(root: Path, paths: Sequence[Path], txt_document_chars: int, text_field:
             try:
                 if not raw.problem:
                     found.add(dialects.parse(raw.value, text_field, None)[0])
-            except dialects.BadRow:
+            except BadRow:
                 continue  # the run counts and quarantines it
     return tuple(view for view in corpus.VIEWS if view in found)

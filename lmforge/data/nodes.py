@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lmforge.errors import Problem
+from lmforge.formats.corpus import VIEWS, source_view
 from lmforge.registry import Key, register
 from lmforge.step import Context, StepNode
 
-VIEWS = ("text", "chat", "preference")
 MUTATIONS = ("operator", "comparison", "condition", "constant", "name", "arguments", "statement")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -27,8 +27,12 @@ class Data(StepNode):
 
     @property
     def views(self) -> tuple[str, ...]:
-        """The views offered, of text, chat and preference; cheap enough for a plan."""
+        """The views whose rows the corpus will hold; cheap enough for a plan."""
         raise RuntimeError(f"{type(self).__name__} has no views")
+
+    def offers(self, view: str) -> str | None:
+        """The view of the corpus that `view` is read from: itself, or one that it can be made of (prompts, of chats); None where there is none."""
+        return source_view(view, self.views)
 
     def content(self, cache: Path | None) -> str:
         """A digest of what the source holds, never of where it lies; `cache` is a JSON of hashes already taken."""
@@ -46,6 +50,7 @@ class PyStdlib(Data):
     min_body_chars: Annotated[int, Key("shortest body that makes a pair", unit="characters", ge=1)]
     max_body_chars: Annotated[int, Key("longest body that makes a pair", unit="characters", ge=1)]
     max_pair_chars: Annotated[int, Key("longest prompt + body", unit="characters", ge=1)]
+    negatives: Annotated[int, Key("wrong bodies that each right one of the training side is paired with; a held-out one has one", ge=1)]
     mutations: Annotated[tuple[str, ...], Key("kinds of edit that make a right body wrong", choices=MUTATIONS)]
     mutation_fraction: Annotated[float, Key("share of rejected bodies that are mutations; the others are another function's body", ge=0, le=1)]
     mutation_edits: Annotated[int, Key("edits in one mutation", ge=1)]
@@ -53,7 +58,7 @@ class PyStdlib(Data):
 
     @property
     def views(self) -> tuple[str, ...]:
-        return VIEWS
+        return ("text", "chat", "preference")
 
     def check(self, where: str) -> Iterator[Problem]:
         if self.min_body_chars > self.max_body_chars:

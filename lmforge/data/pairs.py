@@ -13,6 +13,7 @@ from lmforge.data.overlap import Trained
 from lmforge.data.split import key, unit
 from lmforge.formats.corpus import SPLITS, ViewTally, Writer
 
+ATTEMPTS = 8  # seeds tried for one more mutation of a body that has some already
 NEIGHBOURS = 16  # bodies of nearest length on each side that may serve as another function's body
 
 
@@ -24,6 +25,7 @@ class Rules:
     min_body_chars: int
     max_body_chars: int
     max_pair_chars: int
+    negatives: int
     mutations: tuple[str, ...]
     mutation_fraction: float
     mutation_edits: int
@@ -83,32 +85,54 @@ def _unfit(function: Function, rules: Rules) -> str:
 
 
 def contrast(pairs: Sequence[Pair], rules: Rules, writer: Writer, progress: Callable[[int, int], None]) -> None:
-    """Write a preference row for each pair: its body against a wrong one of about the same length, from the same split."""
+    """Write preference rows: each body against different wrong ones of about the same length, from the same split.
+
+    A training body has `rules.negatives` of them, a held-out one only the first, which no key but those of single pairs changes.
+    """
     tally: ViewTally = writer.account.view("preference")
     kinds = {"mutation": 0, "other": 0}
+    done = 0
     for split in SPLITS:
         ordered = sorted((pair for pair in pairs if pair.split == split), key=lambda pair: (len(pair.body), pair.key))
         lengths = [len(pair.body) for pair in ordered]
         for place, pair in enumerate(ordered):
-            tally.entered += 1
-            progress(tally.entered, len(pairs))
-            first = ("mutation", "other") if unit(key("kind", pair.key)) < rules.mutation_fraction else ("other", "mutation")
-            kind, rejected = next(((kind, body) for kind in first if (body := _wrong(kind, place, ordered, lengths, rules))), ("", ""))
-            if not kind:
-                tally.dropped["no_wrong_body_of_that_length"] += 1
-                continue
-            tally.kept += 1
-            kinds[kind] += 1
-            row = {"prompt": pair.prompt, "chosen": pair.body, "rejected": rejected, "source": pair.source, "kind": kind}
-            writer.write("preference", split, row)
+            done += 1
+            progress(done, len(pairs))
+            used = {pair.body}
+            for number in range(rules.negatives if split == "train" else 1):
+                tally.entered += 1
+                kind, rejected = _wrong(number, place, ordered, lengths, rules, used)
+                if not kind:
+                    tally.dropped["no_wrong_body_of_that_length"] += 1
+                    continue
+                used.add(rejected)
+                tally.kept += 1
+                kinds[kind] += 1
+                row = {"prompt": pair.prompt, "chosen": pair.body, "rejected": rejected, "source": pair.source, "kind": kind}
+                writer.write("preference", split, row)
     writer.account.more["rejected_kinds"] = kinds
 
 
-def _wrong(kind: str, place: int, ordered: Sequence[Pair], lengths: Sequence[int], rules: Rules) -> str | None:
+def _wrong(number: int, place: int, ordered: Sequence[Pair], lengths: Sequence[int], rules: Rules, used: set[str]) -> tuple[str, str]:
+    """(kind, body) of a pair's wrong body of that number, which is none of `used`; two empty texts where there is none."""
     pair = ordered[place]
-    if kind == "mutation":
-        return mutate(pair.body, _parameters(pair.prompt), rules.mutations, rules.mutation_edits, rules.length_tolerance, pair.key)
-    return _other(place, ordered, lengths, rules.length_tolerance)
+    seed = pair.key if number == 0 else key(pair.key, str(number))
+    first = ("mutation", "other") if unit(key("kind", seed)) < rules.mutation_fraction else ("other", "mutation")
+    for kind in first:
+        body = _mutation(pair, seed, number, rules, used) if kind == "mutation" else _other(place, ordered, lengths, rules.length_tolerance, seed, used)
+        if body is not None:
+            return kind, body
+    return "", ""
+
+
+def _mutation(pair: Pair, seed: str, number: int, rules: Rules, used: set[str]) -> str | None:
+    """A mutation that is none of `used`: the first body's seed gives one by itself, a later one's may have to be changed."""
+    names = _parameters(pair.prompt)
+    for attempt in range(ATTEMPTS if number else 1):
+        found = mutate(pair.body, names, rules.mutations, rules.mutation_edits, rules.length_tolerance, key(seed, str(attempt)) if attempt else seed)
+        if found is None or found not in used:
+            return found
+    return None
 
 
 def _parameters(prompt: str) -> list[str]:
@@ -116,15 +140,15 @@ def _parameters(prompt: str) -> list[str]:
     return [one.arg for one in ast.walk(function) if isinstance(one, ast.arg)]
 
 
-def _other(place: int, ordered: Sequence[Pair], lengths: Sequence[int], tolerance: float) -> str | None:
-    """Another function's body of the nearest length: the pair's hash picks the side, so that neither chosen nor rejected is the longer one."""
+def _other(place: int, ordered: Sequence[Pair], lengths: Sequence[int], tolerance: float, seed: str, used: set[str]) -> str | None:
+    """Another function's body of the nearest length: the seed picks the side, so that neither chosen nor rejected is the longer one."""
     pair = ordered[place]
     room = int(tolerance * len(pair.body))
     low = max(bisect.bisect_left(lengths, len(pair.body) - room), place - NEIGHBOURS)
     high = min(bisect.bisect_right(lengths, len(pair.body) + room), place + NEIGHBOURS + 1)
-    fit = [one for one in ordered[low:high] if one.body != pair.body and one.name != pair.name]
+    fit = [one for one in ordered[low:high] if one.body not in used and one.name != pair.name]
     if not fit:
         return None
-    side = 1 if int(key("side", pair.key), 16) % 2 else -1
-    best = min(fit, key=lambda one: ((len(one.body) - len(pair.body)) * side < 0, abs(len(one.body) - len(pair.body)), key(pair.key, one.key)))
+    side = 1 if int(key("side", seed), 16) % 2 else -1
+    best = min(fit, key=lambda one: ((len(one.body) - len(pair.body)) * side < 0, abs(len(one.body) - len(pair.body)), key(seed, one.key)))
     return best.body

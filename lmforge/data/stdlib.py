@@ -115,8 +115,7 @@ def _group_key(digests: Sequence[str], *, large: bool) -> str:
 
 
 def _refuse_empty(account: corpus.Account, folder: Path) -> None:
-    for view in corpus.VIEWS:
-        tally = account.view(view)
+    for view, tally in account.views.items():
         for split in corpus.SPLITS:
             if not getattr(tally, split):
                 instead = "widen data.max_body_chars, data.max_pair_chars or data.heldout_fraction"

@@ -15,6 +15,7 @@ from torchmetrics.text import Perplexity
 from lmforge.errors import CheckpointError, DataError
 from lmforge.formats.packing import IGNORE, Row, bfd_rows, collate, stream_rows
 from lmforge.formats.tokens import Tokens
+from lmforge.inference import forward
 from lmforge.inference.checkpoint import context_tokens
 
 if TYPE_CHECKING:
@@ -51,21 +52,24 @@ def choose_rows(tokens: Tokens, max_tokens: int | None) -> list[Row]:
     return [rows[int(index)] for index in np.linspace(0, len(rows) - 1, wanted).round()]
 
 
-def check_fits(model: PreTrainedModel, tokens: Tokens) -> None:
+def check_fits(model: PreTrainedModel, tokens: Tokens, seq_len: int) -> None:
     """CheckpointError where the model has no row for an id, or no position for a token."""
     embedding: Any = model.get_input_embeddings()
     have, need = embedding.num_embeddings, tokens.meta["vocab_size"]
     if need > have:
         raise CheckpointError("checkpoint", f"has {have:,} token embeddings and the tokens need {need:,}", "tokenize with its tokenizer")
-    have, need = context_tokens(model), tokens.meta["seq_len"]
+    have, need = context_tokens(model), seq_len
     if need > have:
         raise CheckpointError("checkpoint", f"has a context of {have:,} tokens and the rows have {need:,}", "tokenize with a shorter seq_len")
 
 
 def perplexity(model: PreTrainedModel, tokens: Tokens, rows: Sequence[Row], *, batch_tokens: int, progress: Progress) -> Likelihood:
-    """Measure `model` on `rows` of `tokens`, `batch_tokens` at a time; every supervised label within a document weighs the same."""
-    check_fits(model, tokens)
-    seq_len = tokens.meta["seq_len"]
+    """Measure `model` on `rows` of `tokens`, `batch_tokens` at a time; every supervised label within a document weighs the same.
+
+    Under a soft prompt a row holds one document, for each is to read the prompt; one that does not fit beside it goes on in a row of its own.
+    """
+    rows, seq_len = _rows_for(model, rows, tokens)
+    check_fits(model, tokens, seq_len)
     size = max(1, batch_tokens // seq_len)
     metric = Perplexity(ignore_index=IGNORE).to(model.device)
     metric.set_dtype(torch.float64)  # a float32 sum loses digits after some million tokens
@@ -74,12 +78,22 @@ def perplexity(model: PreTrainedModel, tokens: Tokens, rows: Sequence[Row], *, b
         part = rows[start : start + size]
         batch = {name: torch.from_numpy(array).to(model.device) for name, array in collate(part, tokens, seq_len).items()}
         with torch.inference_mode():
-            logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=None, use_cache=False).logits.float()
+            logits = forward.logits(model, batch).float()
             metric.update(logits, batch["labels"])
             losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE, reduction="none")
         _by_document(losses.double().cpu().numpy(), (batch["labels"] != IGNORE).cpu().numpy(), _documents(part, tokens, seq_len), nats, counts)
         progress(min(start + size, len(rows)), len(rows), "perplexity")
     return _likelihood(float(metric.compute()), nats, counts, tokens)
+
+
+def _rows_for(model: PreTrainedModel, rows: Sequence[Row], tokens: Tokens) -> tuple[Sequence[Row], int]:
+    """The rows and their length as the model can read them."""
+    seq_len: int = tokens.meta["seq_len"]
+    if not forward.virtual_tokens(model):
+        return rows, seq_len
+    room = min(seq_len, context_tokens(model))
+    pieces = [[(at, min(at + room, end))] for row in rows for start, end in row for at in range(start, end, room)]
+    return pieces, max(end - start for row in pieces for start, end in row)
 
 
 def _documents(rows: Sequence[Row], tokens: Tokens, seq_len: int) -> NDArray[np.int64]:

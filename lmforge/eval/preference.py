@@ -48,13 +48,15 @@ def score_pairs(model: PreTrainedModel, tokens: Tokens, indices: Sequence[int], 
     """Score both answers of each pair; pairs of like length share a batch. In the order of `indices`."""
     import torch
 
+    from lmforge.inference import forward
+
     found: dict[int, Pair] = {}
     for batch in _batches(tokens, indices, batch_tokens):
         arrays = collate_pairs(batch, tokens)
         inputs = {name: torch.from_numpy(arrays[name]).to(model.device) for name in ("input_ids", "position_ids", "attention_mask")}
         labels = torch.from_numpy(arrays["labels"]).to(model.device)
         with torch.inference_mode():
-            logits = model(**inputs, use_cache=False).logits.float()
+            logits = forward.logits(model, inputs).float()
             losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
         sums = -losses.view_as(labels).double().sum(1).cpu().numpy()
         counts = (arrays["labels"] != IGNORE).sum(1)

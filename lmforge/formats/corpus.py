@@ -1,6 +1,12 @@
-"""The `corpus` artifact: rows of text, chat or preference, each split in train and heldout, and an account that adds up.
+"""The `corpus` artifact: rows of one or more views, each split in train and heldout, and an account that adds up.
 
-<view>/{train,heldout}.jsonl   text {"text","source"}; chat {"messages","source"}; preference {"prompt","chosen","rejected","source"}
+<view>/{train,heldout}.jsonl   one row a line, each with "source" (file:line of where it came from) and
+  text         "text"
+  chat         "messages": {"role", "content"}, and where given "tool_calls", "name", "tool_call_id"
+  preference   "prompt", "chosen", "rejected", and where given "margin" (a number)
+  feedback     "prompt", "completion", "label" (true: desirable)
+  prompt       "prompt", "answer" (text, or null where there is none)
+  A prompt is a text, one user turn, or a list of messages that ends before the answer.
 account.json                   {"in","kept","dropped","views":{view:{"in","kept","dropped","train","heldout","repeated"}}, ...}
 quarantine.jsonl               {"file","line","reason"} for every bad row; line 0 is the file as a whole
 """
@@ -11,7 +17,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +25,8 @@ from typing import IO, Any
 
 from lmforge.errors import DataError
 
-VIEWS = ("text", "chat", "preference")
+VIEWS = ("text", "chat", "preference", "feedback", "prompt")
+DERIVED = {"feedback": ("preference",), "prompt": ("chat", "preference", "feedback")}  # a view of tokens -> corpus views it can be made of, best first
 SPLITS = ("train", "heldout")
 
 
@@ -158,6 +165,11 @@ class Writer:
 def views(folder: Path) -> tuple[str, ...]:
     """The views that a corpus holds."""
     return tuple(view for view in VIEWS if (folder / view).is_dir())
+
+
+def source_view(view: str, offered: Collection[str]) -> str | None:
+    """The corpus view that tokens of `view` are read from: itself where offered, else the first it can be made of; None where there is none."""
+    return next((one for one in (view, *DERIVED.get(view, ())) if one in offered), None)
 
 
 def read(folder: Path, view: str, split: str) -> Iterator[dict[str, Any]]:

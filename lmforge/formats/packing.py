@@ -93,6 +93,11 @@ def bfd_rows(offsets: NDArray[np.int64], seq_len: int) -> list[Row]:
     return rows
 
 
+def single_rows(offsets: NDArray[np.int64]) -> list[Row]:
+    """An example a row, where rows cannot be packed."""
+    return [[(int(start), int(end))] for start, end in itertools.pairwise(offsets) if end > start]
+
+
 def collate(rows: Sequence[Row], tokens: Tokens, seq_len: int) -> Batch:
     """Rows as {input_ids, labels, position_ids}, each int64 [rows, seq_len].
 
@@ -140,11 +145,102 @@ def collate_pairs(indices: Sequence[int], tokens: Tokens) -> Batch:
 
     Padded on the right with EOS, label -100, attention 0. Labels are shifted as in `collate`.
     """
-    examples = [example for index in indices for example in (2 * index, 2 * index + 1)]
-    lengths = [int(tokens.offsets[one + 1] - tokens.offsets[one]) for one in examples]
-    width = max(lengths, default=0)
-    rows = [[(int(tokens.offsets[one]), int(tokens.offsets[one + 1]))] for one in examples]
-    batch = collate(rows, tokens, width)
-    batch["position_ids"] = np.tile(np.arange(width), (len(rows), 1))
-    batch["attention_mask"] = (np.arange(width) < np.array(lengths)[:, None]).astype(np.int64)
+    return collate_examples([example for index in indices for example in (2 * index, 2 * index + 1)], tokens)
+
+
+def collate_examples(indices: Sequence[int], tokens: Tokens) -> Batch:
+    """Examples as `collate_pairs` has them, one a row."""
+    bounds = [(int(tokens.offsets[one]), int(tokens.offsets[one + 1])) for one in indices]
+    return _padded([tokens.ids[start:end].astype(np.int64) for start, end in bounds], [_labels(tokens, start, end) for start, end in bounds], tokens)
+
+
+def mismatched(index: int, examples: int) -> int:
+    """Whose answer stands in for that of example `index` in KTO's KL baseline: half a split away, so that it is to another prompt."""
+    return (index + examples // 2) % examples
+
+
+def collate_mismatched(indices: Sequence[int], tokens: Tokens) -> Batch:
+    """As `collate_examples`, with the answers of the `mismatched` examples after the prompts of these; cut to the tokens' seq_len."""
+    ids, labels = [], []
+    for index in indices:
+        start, middle, _ = _answer(index, tokens)
+        _, other, end = _answer(mismatched(index, len(tokens)), tokens)
+        one = np.concatenate([tokens.ids[start:middle], tokens.ids[other:end]]).astype(np.int64)
+        mask = np.concatenate([tokens.mask[start:middle], tokens.mask[other:end]])
+        ids.append(one[: tokens.meta["seq_len"]])
+        labels.append(np.append(np.where(mask == 1, one, IGNORE)[1 : len(ids[-1])], IGNORE))
+    return _padded(ids, labels, tokens)
+
+
+def _answer(index: int, tokens: Tokens) -> tuple[int, int, int]:
+    """Where an example begins, where its answer does (its first supervised token), and where it ends."""
+    start, end = int(tokens.offsets[index]), int(tokens.offsets[index + 1])
+    supervised = tokens.mask[start:end] == 1
+    return start, start + int(supervised.argmax()) if supervised.any() else end, end
+
+
+def _padded(ids: Sequence[NDArray[np.int64]], labels: Sequence[NDArray[np.int64]], tokens: Tokens) -> Batch:
+    """Sequences padded on the right to the longest; `keep` [...] are the places that hold a label in any row, ascending."""
+    width = max(map(len, ids), default=0)
+    batch = {"input_ids": _stacked(ids, width, tokens.meta["eos_token_id"]), "labels": _stacked(labels, width, IGNORE)}
+    batch["position_ids"] = np.tile(np.arange(width), (len(ids), 1))
+    batch["attention_mask"] = (np.arange(width) < np.array([len(one) for one in ids], np.int64)[:, None]).astype(np.int64)
+    batch["keep"] = _supervised(batch["labels"])
     return batch
+
+
+def collate_shared(indices: Sequence[int], tokens: Tokens) -> Batch:
+    """Pairs as rows that hold their prompt once, [pairs, prompt + 2 * answer]: what both examples begin with, the rest of the chosen, the rest of the rejected.
+
+    Each part is padded on the right to the batch's longest. An answer's part begins with the prompt's last token, so labels are a shift within it.
+    - input_ids, labels, position_ids (places in the example, so both answers go on from the prompt): [pairs, prompt + 2 * answer]
+    - prompt_mask [pairs, prompt]: 1 where a token is
+    - ends [pairs, 2]: where in the row each example's last token is
+    - unshared [2 * pairs, longest example]: the way back to plain rows, chosen and rejected in turn: places in the shared row, -1 = padding
+    - unshared_keep: the places in plain rows that hold a label in any of them, ascending
+    """
+    pairs = [_parts(index, tokens) for index in indices]
+    prompt = max((pair[0] for pair in pairs), default=0)
+    answer = max((end - start for pair in pairs for start, end in pair[2:]), default=0)
+    padding = {"input_ids": tokens.meta["eos_token_id"], "labels": IGNORE, "position_ids": 0}
+    batch = {name: np.full((len(pairs), prompt + 2 * answer), fill, np.int64) for name, fill in padding.items()}
+    plain: list[NDArray[np.int64]] = []
+    for row, (shared, *segments) in enumerate(pairs):
+        for part, (start, end) in enumerate(segments):
+            at = prompt + (part - 1) * answer if part else 0
+            place = slice(at, at + end - start)
+            batch["input_ids"][row, place] = tokens.ids[start:end]
+            batch["position_ids"][row, place] = np.arange(end - start) + (shared if part else 0)
+            if part:
+                batch["labels"][row, place] = _labels(tokens, start, end)
+                plain.append(np.concatenate([np.arange(shared), np.arange(place.start, place.stop)]))
+    batch["prompt_mask"] = (np.arange(prompt) < np.array([pair[0] for pair in pairs], np.int64)[:, None]).astype(np.int64)
+    batch["ends"] = np.array([one[-1] for one in plain], np.int64).reshape(-1, 2)
+    batch["unshared"] = _stacked(plain, max(map(len, plain), default=0), -1)
+    labels = np.take_along_axis(batch["labels"].repeat(2, 0), batch["unshared"].clip(0), 1)
+    batch["unshared_keep"] = _supervised(np.where(batch["unshared"] < 0, IGNORE, labels))
+    return batch
+
+
+def _parts(index: int, tokens: Tokens) -> tuple[int, Segment, Segment, Segment]:
+    """How many first tokens both examples of a pair share, and the slices that hold those, the rest of the chosen and the rest of the rejected.
+
+    One less than come before the first supervised token: none of them has a label.
+    """
+    (a, a_end), (b, b_end) = ((int(tokens.offsets[one]), int(tokens.offsets[one + 1])) for one in (2 * index, 2 * index + 1))
+    most = min(a_end - a, b_end - b)
+    differs = (tokens.ids[a : a + most] != tokens.ids[b : b + most]) | (tokens.mask[a : a + most] == 1) | (tokens.mask[b : b + most] == 1)
+    shared = max(0, (int(differs.argmax()) if differs.any() else most) - 1)
+    return shared, (a, a + shared), (a + shared, a_end), (b + shared, b_end)
+
+
+def _stacked(rows: Sequence[NDArray[np.int64]], width: int, fill: int) -> NDArray[np.int64]:
+    """Rows padded on the right to one width."""
+    out = np.full((len(rows), width), fill, np.int64)
+    for index, row in enumerate(rows):
+        out[index, : len(row)] = row
+    return out
+
+
+def _supervised(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.flatnonzero((labels != IGNORE).any(0))

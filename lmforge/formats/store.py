@@ -115,11 +115,18 @@ def checkpoint_of(reference: str, output: str | Path) -> str:
         return reference
     folder = find(reference, output, also="a hub id reads org/name, or org/name@<commit> with all its 40 hex digits")
     if (folder / RUN_FILE).is_file():
-        made = [name for name in read_json(folder / RUN_FILE)["steps"] if (folder.parent.parent / "steps" / name / "checkpoint" / "config.json").is_file()]
-        trained = [name for name in made if not name.startswith("quantize")]
-        if not trained:
-            raise ConfigError(reference, "this run made no checkpoint", "give a step or a folder of weights")
-        folder = folder.parent.parent / "steps" / trained[-1]
+        folder = _last_trained(folder, reference)
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        raise ConfigError(reference, "made an adapter, not weights", f"type: lmforge merge {folder} <folder for the weights>, and give that folder")
     if not (folder / "checkpoint" / "config.json").is_file():
         raise ConfigError(reference, "this step made no checkpoint", "give a training step or a folder of weights")
     return str(folder / "checkpoint")
+
+
+def _last_trained(run: Path, reference: str) -> Path:
+    """The last step of a run that made weights or an adapter, quantization aside."""
+    steps = [run.parent.parent / "steps" / name for name in read_json(run / RUN_FILE)["steps"] if not name.startswith("quantize")]
+    made = [step for step in steps if any((step / file).is_file() for file in ("checkpoint/config.json", "adapter/adapter_config.json"))]
+    if not made:
+        raise ConfigError(reference, "this run made no checkpoint", "give a step or a folder of weights")
+    return made[-1]

@@ -3,6 +3,10 @@
 - {train,heldout}/ids.npy: uint16 (uint32 from a vocabulary of 65,537 on), every example after the other
 - {train,heldout}/mask.npy: uint8, 1 = the model is trained to write this token; as long as ids
 - {train,heldout}/offsets.npy: int64, n + 1 boundaries: example i is ids[offsets[i]:offsets[i + 1]]
+- {train,heldout}/labels.npy: uint8, one an example, of the feedback view: 1 = desirable
+- {train,heldout}/margins.npy: float32, one a pair, of a preference view whose rows give any (0 where one gives none)
+- {train,heldout}/answers.jsonl: a JSON string or null a line, one an example, of the prompt view
+- quarantine.jsonl: {"source","reason"} of every row that was dropped
 - tokenizer/: the tokenizer that made them, with its chat template; it belongs into every checkpoint trained on them
 - meta.json: `Meta`; written last, so a folder without it is unfinished
 """
@@ -11,26 +15,30 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lmforge.errors import DataError
+from lmforge.formats.streams import ArrayStream, LineStream
 
 SPLITS = ("train", "heldout")
-META = "meta.json"
+META, QUARANTINE = "meta.json", "quarantine.jsonl"
+LABEL, MARGIN = np.dtype(np.uint8), np.dtype(np.float32)
+AGAIN = "run the tokenize step again"
 
 
 class Meta(TypedDict):
-    """What meta.json says. `rows` are corpus rows (documents, conversations, pairs): read = rows + dropped, over both splits."""
+    """What meta.json says. `rows` are the view's rows (documents, conversations, pairs, ...): read = rows + dropped, over both splits."""
 
-    view: str  # text, chat or preference
-    seq_len: int  # no chat or preference example is longer
+    view: str  # text, chat, preference, feedback or prompt
+    seq_len: int  # no example of another view than text is longer
     vocab_size: int  # the model's; every id is below it
     read: dict[str, int]
     rows: dict[str, int]
@@ -48,51 +56,24 @@ def id_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
-class _Stream:
-    """A one-dimensional .npy file of a length known only at the end, in a temporary file until then."""
-
-    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
-        self.path, self.dtype, self.length = path, dtype, 0
-        self._temporary = path.with_name(path.name + ".tmp")
-        self._file: BinaryIO = self._temporary.open("wb")
-        self._header()
-
-    def _header(self) -> None:
-        # numpy leaves room in a header for the first axis to grow, so the final one overwrites the first in place.
-        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.length,)}
-        np.lib.format.write_array_header_1_0(self._file, header)
-
-    def append(self, values: NDArray[Any]) -> None:
-        self._file.write(np.ascontiguousarray(values, dtype=self.dtype).tobytes())
-        self.length += len(values)
-
-    def commit(self) -> None:
-        end = self._file.tell()
-        self._file.seek(0)
-        self._header()
-        if end != self._file.tell() + self.length * self.dtype.itemsize:
-            raise RuntimeError(f"{self.path}: the header changed its size")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._temporary, self.path)
-
-    def discard(self) -> None:
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
-
-
 class SplitWriter:
-    """Writes one split as a stream: memory is that of one batch. On an exception nothing is left behind."""
+    """Writes one split as a stream: memory is that of one batch. On an exception nothing is left behind.
 
-    def __init__(self, folder: Path, split: str, vocab_size: int) -> None:
+    `beside` names what is kept beside the ids: labels, margins, answers.
+    """
+
+    def __init__(self, folder: Path, split: str, vocab_size: int, beside: Collection[str] = ()) -> None:
         self.vocab_size, self.supervised = vocab_size, 0
         into = folder / split
         into.mkdir(parents=True, exist_ok=True)
-        self._ids = _Stream(into / "ids.npy", id_dtype(vocab_size))
-        self._mask = _Stream(into / "mask.npy", np.dtype(np.uint8))
-        self._offsets = _Stream(into / "offsets.npy", np.dtype(np.int64))
+        self._ids = ArrayStream(into / "ids.npy", id_dtype(vocab_size))
+        self._mask = ArrayStream(into / "mask.npy", np.dtype(np.uint8))
+        self._offsets = ArrayStream(into / "offsets.npy", np.dtype(np.int64))
         self._offsets.append(np.zeros(1, np.int64))
+        self._labels = ArrayStream(into / "labels.npy", LABEL) if "labels" in beside else None
+        self._margins = ArrayStream(into / "margins.npy", MARGIN) if "margins" in beside else None
+        self._answers = LineStream(into / "answers.jsonl") if "answers" in beside else None
+        self._any_margin = False
 
     @property
     def tokens(self) -> int:
@@ -114,12 +95,30 @@ class SplitWriter:
         self._mask.append(mask)
         self.supervised += int(mask.sum())
 
+    def label(self, desirable: bool) -> None:
+        """The label of one example, in the examples' order."""
+        assert self._labels is not None
+        self._labels.append(np.array([desirable]))
+
+    def margin(self, margin: float | None) -> None:
+        """The margin of one pair, in the pairs' order; null counts as 0, and the file is only kept if any is given."""
+        assert self._margins is not None
+        self._any_margin |= margin is not None
+        self._margins.append(np.array([margin or 0.0]))
+
+    def answer(self, answer: str | None) -> None:
+        """The reference answer of one example, in the examples' order."""
+        assert self._answers is not None
+        self._answers.append([answer])
+
     def __enter__(self) -> SplitWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for stream in (self._ids, self._mask, self._offsets):
-            if kind is None:
+        for stream in (self._ids, self._mask, self._offsets, self._labels, self._margins, self._answers):
+            if stream is None:
+                continue
+            if kind is None and (stream is not self._margins or self._any_margin):
                 stream.commit()
             else:
                 stream.discard()
@@ -137,12 +136,12 @@ def read_meta(folder: Path) -> Meta:
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(str(folder / META), "is missing, so these tokens are unfinished", "run the tokenize step again") from None
+        raise DataError(str(folder / META), "is missing, so these tokens are unfinished", AGAIN) from None
     except ValueError as error:
-        raise DataError(str(folder / META), f"is not readable JSON ({error})", "run the tokenize step again") from error
+        raise DataError(str(folder / META), f"is not readable JSON ({error})", AGAIN) from error
     if not isinstance(meta, dict) or (absent := sorted(Meta.__required_keys__ - meta.keys())):
         what = "is not an object" if not isinstance(meta, dict) else f"has no {', '.join(absent)}"
-        raise DataError(str(folder / META), what, "run the tokenize step again")
+        raise DataError(str(folder / META), what, AGAIN)
     return meta  # type: ignore[return-value]  # the keys were compared above
 
 
@@ -168,9 +167,9 @@ class Tokens:
             # A memory map cannot be empty; an empty split is read as it is.
             array: NDArray[Any] = np.load(path, mmap_mode="r" if self.meta["tokens"].get(self.split) else None, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise DataError(str(path), f"cannot be read ({error})", "run the tokenize step again") from error
+            raise DataError(str(path), f"cannot be read ({error})", AGAIN) from error
         if array.ndim != 1 or array.dtype != dtype:
-            raise DataError(str(path), f"holds {array.dtype} of shape {array.shape}, not a list of {dtype}", "run the tokenize step again")
+            raise DataError(str(path), f"holds {array.dtype} of shape {array.shape}, not a list of {dtype}", AGAIN)
         return array
 
     def _compare(self) -> None:
@@ -181,7 +180,7 @@ class Tokens:
             what = "offsets.npy does not cut the ids into examples"
         else:
             return
-        raise DataError(where, what, "run the tokenize step again")
+        raise DataError(where, what, AGAIN)
 
     def __len__(self) -> int:
         """The number of examples; for a preference view twice the number of pairs."""
@@ -193,3 +192,42 @@ class Tokens:
             raise IndexError(f"example {index} of {len(self)}")
         start, end = self.offsets[index], self.offsets[index + 1]
         return self.ids[start:end], self.mask[start:end]
+
+    @cached_property
+    def labels(self) -> NDArray[np.uint8] | None:
+        """1 = desirable, [examples]; of the feedback view, else None."""
+        return self._beside("labels.npy", LABEL, len(self)) if self.meta["view"] == "feedback" else None
+
+    @cached_property
+    def margins(self) -> NDArray[np.float32] | None:
+        """[pairs], where the rows of a preference view give any, else None."""
+        return self._beside("margins.npy", MARGIN, len(self) // 2) if (self.folder / self.split / "margins.npy").is_file() else None
+
+    @cached_property
+    def answers(self) -> list[str | None]:
+        """The reference answer of each example of the prompt view, null where it has none; of another view, none at all."""
+        if self.meta["view"] != "prompt":
+            return []
+        path = self.folder / self.split / "answers.jsonl"
+        found = [None if one is None else str(one) for one in _lines(path)]
+        if len(found) != len(self):
+            raise DataError(str(path), f"{len(found):,} lines for {len(self):,} examples", AGAIN)
+        return found
+
+    def _beside(self, name: str, dtype: np.dtype[Any], length: int) -> NDArray[Any]:
+        found = self._open(name, dtype)
+        if len(found) != length:
+            raise DataError(str(self.folder / self.split / name), f"{len(found):,} values where {length:,} belong", AGAIN)
+        return found
+
+
+def quarantined(folder: Path) -> Iterator[dict[str, str]]:
+    """Every row that was dropped: {"source", "reason"}, in the rows' order."""
+    return iter(_lines(folder / QUARANTINE))
+
+
+def _lines(path: Path) -> list[Any]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except (OSError, ValueError) as error:
+        raise DataError(str(path), f"cannot be read ({error})", AGAIN) from error

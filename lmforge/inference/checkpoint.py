@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lmforge.errors import CheckpointError
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter"  # the folder, within a checkpoint, of an adapter that cannot be merged into its weights
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -55,7 +56,22 @@ def open_model(folder: Path, device: torch.device | str | None = None) -> PreTra
     """The causal LM in `folder`, in eval mode, in the dtype it was stored in; on the GPU where there is one, unless `device` says otherwise.
 
     A compressed-tensors folder is opened dense. Tensors that are missing or of another shape are refused: transformers would fill them with random values.
+    A folder with an `adapter` inside (a soft prompt, which cannot be merged) is opened as a PEFT model: call it through `forward.logits`.
     """
+    model = _open_base(folder, device)
+    if not is_adapter(folder / ADAPTER):
+        return model
+    from lmforge.inference.adapters import open_adapter
+
+    return cast("PreTrainedModel", open_adapter(model, folder / ADAPTER))
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether it is a PEFT folder."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def _open_base(folder: Path, device: torch.device | str | None) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -85,7 +101,7 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer that travels with a checkpoint."""
     from transformers import AutoTokenizer
 
-    if not (folder / "tokenizer_config.json").is_file() and not (folder / "tokenizer.json").is_file():
+    if not has_tokenizer(folder):
         raise CheckpointError(str(folder), "has no tokenizer", "copy tokenizer.json and tokenizer_config.json beside the weights")
     try:
         with quiet_transformers():
@@ -94,11 +110,18 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(str(folder), f"transformers cannot open its tokenizer: {_first_line(error)}", "copy the tokenizer files again") from error
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer is in the folder."""
+    return (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file()
+
+
 def context_tokens(model: PreTrainedModel) -> int:
-    """How many tokens the model can look at, in transformers' name or GPT-2's."""
+    """How many tokens the model can look at, in transformers' name or GPT-2's, less those a soft prompt takes."""
+    from lmforge.inference.forward import virtual_tokens
+
     for name in ("max_position_embeddings", "n_positions"):
         if isinstance(length := getattr(model.config, name, None), int):
-            return length
+            return length - virtual_tokens(model)
     raise CheckpointError("config.json", "says no context length", "add max_position_embeddings")
 
 

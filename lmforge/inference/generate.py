@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lmforge.errors import CheckpointError, RunError
-from lmforge.inference.checkpoint import context_tokens, open_model, open_tokenizer, quiet_transformers
+from lmforge.inference.adapters import open_adapter, quiet_peft
+from lmforge.inference.checkpoint import context_tokens, has_tokenizer, open_model, open_tokenizer, quiet_transformers
+from lmforge.inference.saving import set_ids
 
 if TYPE_CHECKING:
     import torch
@@ -18,17 +20,32 @@ if TYPE_CHECKING:
 NEW_TOKENS = 128  # where nobody says how many
 
 
-def generate(checkpoint: Path, prompt: str, *, max_new_tokens: int | None, temperature: float, top_p: float, seed: int, chat: bool) -> Iterator[str]:
+def generate(
+    checkpoint: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int | None,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    chat: bool,
+    adapter: Path | None = None,
+) -> Iterator[str]:
     """Stream a continuation of `prompt`; the pieces joined are the whole text, without the prompt.
 
     `max_new_tokens` None is 128, or what the context has room for. `temperature` 0 is greedy; `chat` wraps the prompt as a user's turn in the folder's
-    chat template. Everything that can be refused is refused here, before the first piece: CheckpointError for a folder that is not a whole model,
-    RunError for a prompt that does not fit the context.
+    chat template. `adapter` is a PEFT folder to put onto the checkpoint, with the tokenizer it brings. Everything that can be refused is refused here,
+    before the first piece: CheckpointError for a folder that is not a whole model or an adapter of another one, RunError for a prompt that does not fit
+    the context.
     """
-    tokenizer = open_tokenizer(checkpoint)
+    source = adapter if adapter is not None and has_tokenizer(adapter) else checkpoint
+    tokenizer = open_tokenizer(source)
     if chat and not tokenizer.chat_template:
-        raise CheckpointError(str(checkpoint), "has no chat template", "generate without chat, or from a checkpoint after sft")
+        raise CheckpointError(str(source), "has no chat template", "generate without chat, or from a checkpoint after sft")
     model = open_model(checkpoint)
+    if adapter is not None:
+        model = open_adapter(model, adapter)
+        set_ids(model, tokenizer)
     return stream(model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, chat=chat)
 
 
@@ -104,7 +121,7 @@ def _pieces(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: tor
         return torch.full((input_ids.shape[0],), stop.is_set(), device=input_ids.device)
 
     def work() -> None:
-        with torch.random.fork_rng(), quiet_transformers():
+        with torch.random.fork_rng(), quiet_transformers(), quiet_peft():
             torch.manual_seed(seed)
             mask = torch.ones_like(ids)
             run.generate(ids, attention_mask=mask, streamer=streamer, stopping_criteria=[stopped], use_cache=True, pad_token_id=pad, **sampling)

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -27,6 +27,7 @@ from lmforge.errors import LmforgeError, RunError
 from lmforge.plan import read_step
 from lmforge.runtime.workspace import write_json
 from lmforge.step import Report
+from lmforge.track.jsonl import plain
 
 JOB, RESULT, EVENTS, LOG = "job.json", "result.json", "events.jsonl", "ranks.log"
 GRACE_S = 60  # for ranks that were asked to stop: the running step and a state to disk
@@ -139,6 +140,10 @@ class FileReport(Report):
     def sample(self, title: str, text: str) -> None:
         """A piece of text for people."""
         self._say("sample", title, text)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """A table for people."""
+        self._say("table", title, list(columns), plain(rows))
 
 
 def worker(folder: Path) -> int:

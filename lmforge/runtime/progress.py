@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,7 +16,7 @@ QUIET_S = 20.0  # seconds between lines where there is no terminal
 
 
 class LiveReport(Report):
-    """Bars on the console, metrics to metrics.jsonl and to the tracker."""
+    """Bars on the console, metrics and tables to the step's files and to the tracker."""
 
     def __init__(self, name: str, console: Console, metrics: Metrics, tracker: Tracker | None) -> None:
         self.name, self.console, self.metrics, self.tracker = name, console, metrics, tracker
@@ -54,3 +54,9 @@ class LiveReport(Report):
         """Sent to the tracker; the step's metrics keep it for the end of the run."""
         if self.tracker:
             self.tracker.text(title, text)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """To samples.jsonl first, then to the tracker."""
+        self.metrics.table(title, columns, rows)
+        if self.tracker:
+            self.tracker.table(title, columns, rows)

@@ -13,6 +13,7 @@ from lmforge.eval.preference import paired_difference
 from lmforge.explain import flatten, gib
 from lmforge.plan import Plan, Step
 from lmforge.runtime.workspace import Workspace
+from lmforge.stage.nodes import Kto, Pairwise
 
 Metrics = Mapping[str, Mapping[str, Any]]
 MAIN = ("perplexity", "loss")  # what a sweep minimizes: the last step that has one
@@ -53,8 +54,8 @@ def show(console: Console, plan: Plan, metrics: Metrics, folder: Path, workspace
     console.rule("files")
     console.print(f"run       {folder}", highlight=False, soft_wrap=True)
     for step in plan.steps:
-        if step.produces == "checkpoint":
-            console.print(f"{step.name:<9} {workspace.folder(step) / 'checkpoint'}", highlight=False, soft_wrap=True)
+        if step.produces in ("checkpoint", "adapter", "reward_model", "samples"):
+            console.print(f"{step.name:<9} {workspace.folder(step) / step.produces}", highlight=False, soft_wrap=True)
     for hint in next_steps(plan, folder):
         console.print(f"try       {hint}", highlight=False, markup=False, soft_wrap=True)
 
@@ -119,18 +120,18 @@ def best_sample(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple
 
 
 def deltas(plan: Plan, rows: Sequence[tuple[str, Mapping[str, Any]]], metrics: Metrics, workspace: Workspace) -> Iterator[str]:
-    """What preference training gained, and what quantization cost. A gain is over the same pairs, so its error is the paired one."""
+    """What post-training gained, and what quantization cost. A gain is over the same pairs or prompts, so its error is the paired one."""
     measured = dict(rows)
     pairs = {name: workspace.folder(step) / step.produces / "preference.jsonl" for name, step in evaluated(plan)}
     for step in plan.steps:
-        if step.name not in measured:
-            continue
+        yield from learned(step, metrics[step.name])
+        after = f"{step.name}.merge" if f"{step.name}.merge" in measured else step.name
         before = next((one.step for one in step.inputs if one.kind == "checkpoint"), None)
-        if before not in measured:
+        if after not in measured or before not in measured or step.stage == "merge":
             continue
-        here, there = measured[step.name], measured[before]
-        if step.stage == "dpo" and "preference_accuracy" in here:
-            gain = paired_difference(pairs[before], pairs[step.name])
+        here, there = measured[after], measured[before]
+        if isinstance(step.spec, (Pairwise, Kto)) and "preference_accuracy" in here:
+            gain = paired_difference(pairs[before], pairs[after])
             points, error = 100 * gain["difference"], 100 * gain["standard_error"]
             over = f"over {before} (paired standard error {error:.1f}, {gain['pairs']:,} held-out pairs)"
             yield f"{step.name} moves preference accuracy by {points:+.1f} points {over}"
@@ -140,11 +141,28 @@ def deltas(plan: Plan, rows: Sequence[tuple[str, Mapping[str, Any]]], metrics: M
             yield f"{step.stage}: {gib(made['bytes_before'])} -> {gib(made['bytes_after'])} on disk, perplexity {change:+.2f} %"
 
 
+def learned(step: Step, made: Mapping[str, Any]) -> Iterator[str]:
+    """What a stage measured on held-out data by itself: a reward model's accuracy, the reward that RL gained and the KL it cost."""
+    if "heldout_accuracy" in made:
+        accuracy = _with_error(made["heldout_accuracy"], made["heldout_accuracy_standard_error"])
+        yield f"{step.name}: {accuracy} of {made['heldout_pairs']:,} held-out pairs in the right order, mean margin {made['heldout_margin']:.3g}"
+    if "heldout_reward" in made:
+        change = f"{made['heldout_reward_start']:.4g} -> {made['heldout_reward']:.4g}"
+        error = made["heldout_reward_gain_standard_error"]
+        yield (
+            f"{step.name} moves the held-out reward {change}: {made['heldout_reward_gain']:+.4g} (paired standard error {error:.2g}), "
+            f"KL {made['heldout_kl_per_token']:.3g} nats a token to where it started"
+        )
+
+
 def next_steps(plan: Plan, folder: Path) -> Iterator[str]:
     """Lines to type."""
     yield f'python -m lmforge generate {folder.name} "def "'
-    if any(named.stage.type == "dpo" for named in plan.experiment.stages):
-        yield "python -m lmforge stage.dpo.beta=0.2       # reruns DPO and what follows, nothing before"
+    for step in plan.steps:
+        if step.stage == "sample":
+            yield f"python -m lmforge rank {step.name}-{step.digest}    # rank the answers in a browser"
+        if step.stage == "dpo":
+            yield f"python -m lmforge stage.{step.name}.beta=0.2       # reruns {step.name} and what follows, nothing before"
     yield "python -m lmforge compare                  # the latest runs side by side"
 
 

@@ -6,17 +6,17 @@ import re
 from typing import Any
 
 from lmforge.formats.samples import Prompt
+from lmforge.tokenizer.templates import Renderer
 
 _PLACE = re.compile("\ue000(\\d+)\ue001")
-_DATE = "26 Jul 2024"  # what templates that write a date are given when prompts are rendered
 TURNS = 16  # user turns in the longest conversation that is looked for
 
 
 class Reader:
     """Reads prompts that end with the generation prompt."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, renderer: Renderer) -> None:
+        self._tokenizer, self._renderer = tokenizer, renderer
         special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
         # A content holds no special token: those belong to the template, and a user's own are refused when prompts are tokenized.
         self._content = rf"((?:(?!{'|'.join(sorted(special, key=len, reverse=True)) or '(?!)'})[\s\S])*)"
@@ -52,10 +52,6 @@ class Reader:
         return None if text is None else self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _render(self, messages: list[dict[str, str]]) -> str | None:
-        from jinja2.exceptions import TemplateError
-
-        try:
-            text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, date_string=_DATE)
-        except TemplateError:
-            return None
-        return text
+        """The text as it is when prompts are tokenized; None where the template refuses these roles."""
+        [text] = self._renderer.render([(messages, True)])
+        return text if isinstance(text, str) else None

@@ -46,7 +46,8 @@ class Reinforcement(Tuning):
         """How many rollouts the steps are."""
         answers = rows * self.minibatches
         yield f"a rollout = {self.minibatches} x {rows:,} rows = {answers:,} answers, used for {self.epochs} x {self.minibatches} = {self.updates} steps"
-        yield f"{steps:,} steps = {-(-steps // self.updates):,} rollouts = {-(-steps // self.updates) * answers:,} answers of at most {self.max_new_tokens:,} tokens"
+        rollouts = -(-steps // self.updates)
+        yield f"{steps:,} steps = {rollouts:,} rollouts = {rollouts * answers:,} answers of at most {self.max_new_tokens:,} tokens"
 
     def run(self, context: Context) -> dict[str, Any]:
         """Train from the checkpoint given; the figures are of held-out prompts, before and after."""
@@ -70,7 +71,7 @@ class Ppo(Reinforcement):
     entropy_coef: Annotated[float, Key("weight of an entropy bonus", ge=0)]
     whiten_advantages: Annotated[bool, Key("bring a rollout's advantages to mean 0 and variance 1")]
     whiten_rewards: Annotated[bool, Key("bring a rollout's rewards to variance 1")]
-    value_init: Annotated[Literal["reward", "policy"] | None, Key("what the value model starts from; null = the reward model where the reward is one, else the policy")]
+    value_init: Annotated[Literal["reward", "policy"] | None, Key("what the value model starts from; null = the reward model if that is the reward, else the policy")]
 
     def takes(self) -> tuple[str, ...]:
         """The reward model too, where the value model starts from it."""

@@ -35,6 +35,12 @@ class RewardModel(Tuning):
 
         return BradleyTerry(context.inputs["tokens:preference"], self.margin, self.centering)
 
+    def run(self, context: Context) -> dict[str, Any]:
+        """Train, and measure on held-out pairs."""
+        from lmforge.stage.train import train_reward
+
+        return train_reward(self, context)
+
 
 def scalar_head(weights: Sequence[Weight]) -> tuple[Weight, ...]:
     """The weights of the same model as transformers' sequence classification with one label has them."""

@@ -15,12 +15,14 @@ from torch import Tensor
 from lmforge.errors import DataError, RunError
 from lmforge.formats import samples
 from lmforge.formats.samples import Answer, Sampled
-from lmforge.formats.tokens import Tokens
+from lmforge.formats.tokens import Tokens, read_meta
 from lmforge.inference.checkpoint import context_tokens, open_model, open_tokenizer
 from lmforge.inference.generate import stop_ids
 from lmforge.stage.readback import Reader
 from lmforge.stage.sampling import Sample
 from lmforge.step import Context
+from lmforge.tokenizer.chat import Chat
+from lmforge.tokenizer.templates import Renderer
 
 SHOWN_PROMPTS = 8
 
@@ -53,9 +55,10 @@ def sample(stage: Sample, context: Context) -> dict[str, Any]:
     folder = context.inputs["tokens:prompt"]
     tokenizer = open_tokenizer(folder / "tokenizer")
     model: Any = open_model(context.inputs["checkpoint"])
-    asked, unreadable = questions(Tokens(folder, stage.split), Reader(tokenizer), stage.prompts, folder)
+    with Renderer(tokenizer) as renderer:
+        asked, unreadable = questions(Tokens(folder, stage.split), Reader(tokenizer, renderer), stage.prompts, folder)
     _fits(asked, stage.max_new_tokens, context_tokens(model))
-    stops = sorted({*Tokens(folder, stage.split).meta["stop_token_ids"], *stop_ids(model, tokenizer)})
+    stops = stop_tokens(tokenizer, model, folder)
     drawn: dict[int, list[Drawn]] = {}
     for batch in batches(asked, max(1, stage.batch_size // stage.answers)):
         context.report.progress(len(drawn), len(asked), f"{sum(map(len, drawn.values())):,} answers")
@@ -85,6 +88,16 @@ def questions(tokens: Tokens, reader: Reader, count: int, folder: Path) -> tuple
     if not found:
         raise DataError(str(folder / tokens.split), "no prompt can be read back into messages", "choose a tokenizer that decodes to the text it encoded")
     return found, len(read) - len(found)
+
+
+def stop_tokens(tokenizer: Any, model: Any, folder: Path) -> list[int]:
+    """What ends an answer: EOS, what the checkpoint names, and the token that the chat template writes after an assistant's turn."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with Renderer(tokenizer) as renderer:
+        chat = Chat(tokenizer, renderer)
+        chat.many([(turns, "every")])
+    ends = tokenizer.convert_tokens_to_ids(sorted(chat.stops))
+    return sorted({*ends, *read_meta(folder)["stop_token_ids"], *stop_ids(model, tokenizer)})
 
 
 def _fits(asked: Sequence[Question], new: int, room: int) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lmforge.errors import DataError
-from lmforge.formats import corpus
+from lmforge.formats import conversation, corpus
 from lmforge.step import Report
-from lmforge.tokenizer.chat import EOS, SPECIAL_TOKENS, TEMPLATE
+from lmforge.tokenizer.markers import EOS, SPECIAL_TOKENS, TEMPLATE
 
+ANSWERS = ("chosen", "rejected", "completion", "answer")  # of the views that hold a prompt
 # GPT-4's pattern (tiktoken's cl100k_base) with one change: a line's end takes the next line's indentation with it, but for the
 # last space, which stays with the word as everywhere else. On Python's standard library that is 5-7 % fewer tokens.
 _INDENTATION = r"[\r\n]+[ \t]+(?!\S)"
@@ -56,6 +57,7 @@ def _texts(folder: Path, view: str, total: int, report: Report) -> Iterator[str]
         elif view == "chat":
             yield from (message["content"] for message in row["messages"])
         else:
-            yield from (row["prompt"], row["chosen"], row["rejected"])
+            yield from (message["content"] for message in conversation.of(row["prompt"]))
+            yield from (text for name in ANSWERS if (text := row.get(name)))
         if done % 256 == 0 or done == total:
             report.progress(done, total, "rows read" if done < total else "merging")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lmforge.tokenizer.chat import Piece
+from lmforge.tokenizer.shapes import Piece
 
 Example = tuple[list[int], list[int]]  # ids and mask, of one length
 

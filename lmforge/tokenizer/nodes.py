@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from lmforge.errors import ConfigError, Problem
 from lmforge.registry import Key, register
 from lmforge.step import Context, StepNode
-from lmforge.tokenizer.chat import SPECIAL_TOKENS
+from lmforge.tokenizer.markers import SPECIAL_TOKENS
 
 SMALLEST = 256 + len(SPECIAL_TOKENS)  # every byte and every special token has an entry before the first merge
 
@@ -25,9 +25,10 @@ class Tokenizer(StepNode):
 class BPE(Tokenizer):
     """Byte-level BPE (Sennrich et al. 2016, bytes as in GPT-2) trained on the corpus's training text: any text round-trips.
 
-    Of a corpus without text rows it takes the chats' contents, and without those the preference pairs'.
+    Of a corpus without text rows it takes the chats' contents, and without those the texts of pairs or prompts.
     """
 
+    code_revision = 2  # the marker of a tool turn is a special token
     consumes = ("corpus",)
     trains = True
 
@@ -52,11 +53,12 @@ class Own(Tokenizer):
 class Tokenize(StepNode):
     """One view of a corpus as token ids with a mask of what is supervised, rendered by the tokenizer's own chat template or ours."""
 
+    code_revision = 2  # tool turns; prompts of several turns; what a template makes of a content is looked at turn by turn
     consumes = ("corpus", "tokenizer")
     produces = "tokens"
 
-    view: Annotated[Literal["text", "chat", "preference"], Key("the rows to take: text, chat or preference")]
-    seq_len: Annotated[int, Key("longest chat or preference example; text is never cut", unit="tokens", ge=2)]
+    view: Annotated[Literal["text", "chat", "preference", "feedback", "prompt"], Key("rows to take; feedback and prompt can be made of other views'")]
+    seq_len: Annotated[int, Key("longest example; a text is never cut, a longer prompt is left out", unit="tokens", ge=2)]
     vocab_size: Annotated[int, Key("the model's vocabulary, which every id must be in", gt=0)]
 
     def check(self, where: str) -> Iterator[Problem]:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lmforge.errors import DataError
-from lmforge.formats import corpus, tokens
+from lmforge.formats import conversation, corpus, tokens
+from lmforge.formats.streams import LineStream
 from lmforge.step import Report
-from lmforge.tokenizer.chat import MARKERS, TEMPLATE, BadRow, Chat, Piece
+from lmforge.tokenizer.chat import Chat, Request, Result
 from lmforge.tokenizer.encode import Encoder, Example
+from lmforge.tokenizer.markers import MARKERS, TEMPLATE
+from lmforge.tokenizer.shapes import BadRow, Piece
+from lmforge.tokenizer.templates import Renderer
+from lmforge.tokenizer.views import Row, derive
 
 BATCH_ROWS, BATCH_CHARS = 1024, 2**20
+BESIDE = {"feedback": ("labels",), "prompt": ("answers",), "preference": ("margins",)}
+ANSWERS = {"preference": ("chosen", "rejected"), "feedback": ("completion",)}  # a row's fields that answer its prompt
 Rendered = list[list[Piece]]  # a row's examples: one, or chosen and rejected
 
 
@@ -32,14 +41,18 @@ class Count:
 def write(folder: Path, tokenizer_folder: Path, out: Path, view: str, seq_len: int, vocab_size: int, report: Report) -> dict[str, Any]:
     """Fill `out` with the tokens of both splits; returns the numbers of meta.json."""
     tokenizer = open_tokenizer(tokenizer_folder, view, vocab_size)
-    work = _Work(folder, view, seq_len, Encoder(tokenizer, markers=view != "text"), Chat(tokenizer), report)
+    source = corpus.source_view(view, corpus.views(folder)) or view
     counts, sizes, supervised = {}, {}, {}
-    for split in tokens.SPLITS:
-        with tokens.SplitWriter(out, split, vocab_size) as writer:
-            counts[split] = work.split(split, writer)
-            sizes[split], supervised[split] = writer.tokens, writer.supervised
+    with ExitStack() as stack:
+        chat = None if view == "text" else Chat(tokenizer, stack.enter_context(Renderer(tokenizer)))
+        quarantine = stack.enter_context(LineStream(out / tokens.QUARANTINE))
+        work = _Work(folder, view, source, seq_len, Encoder(tokenizer, markers=view != "text"), chat, quarantine, report)
+        for split in tokens.SPLITS:
+            with tokens.SplitWriter(out, split, vocab_size, BESIDE.get(view, ())) as writer:
+                counts[split] = work.split(split, writer)
+                sizes[split], supervised[split] = writer.tokens, writer.supervised
     tokenizer.save_pretrained(out / "tokenizer")
-    stops = {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(sorted(work.chat.stops))}
+    stops = {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(sorted(chat.stops if chat else ()))}
     meta: tokens.Meta = {
         "view": view,
         "seq_len": seq_len,
@@ -88,70 +101,89 @@ def open_tokenizer(folder: Path, view: str, vocab_size: int) -> Any:
 class _Work:
     folder: Path
     view: str
+    source: str  # the corpus view it is read from
     seq_len: int
     encoder: Encoder
-    chat: Chat
+    chat: Chat | None  # of every view but text
+    quarantine: LineStream
     report: Report
     done: int = 0
+    first_bad: tuple[str, str] | None = None
+    prompts: set[bytes] = field(default_factory=set)
 
     def split(self, split: str, writer: tokens.SplitWriter) -> Count:
         """Write a split and count it; DataError where no row of it can be used, or the training split has none."""
         count = Count()
-        splits = corpus.account(self.folder).views
-        total = splits[self.view].train + splits[self.view].heldout if self.view in splits else 0
-        for rows in _batches(corpus.read(self.folder, self.view, split)):
-            (self._texts if self.view == "text" else self._chats)(rows, writer, count)
-            count.read += len(rows)
+        self.first_bad = None
+        tally = corpus.account(self.folder).views.get(self.source)
+        total = tally.train + tally.heldout if tally else 0
+        for rows in _batches(corpus.read(self.folder, self.source, split)):
+            wanted = [one for row in rows for one in derive(self.view, self.source, row)]
+            (self._texts if self.view == "text" else self._chats)(wanted, writer, count)
+            count.read += len(wanted)
             self.done += len(rows)
             self.report.progress(self.done, total, f"{split}: {writer.tokens:,} tokens")
-        where = str(self.folder / self.view / f"{split}.jsonl")
-        if count.read and not count.rows:
-            reason, times = count.dropped.most_common(1)[0]
-            raise DataError(where, f"none of its {count.read:,} rows can be used", f"for {times:,} of them: {reason}")
+        if self.first_bad and not count.rows:
+            raise DataError(*self.first_bad, f"every one of the {count.read:,} {split} rows is bad for the {self.view} view, and this is the first")
         if split == "train" and not count.read:
-            raise DataError(where, "has no rows", "choose data that offers some")
+            raise DataError(str(self.folder / self.source / f"{split}.jsonl"), "has no rows", "choose data that offers some")
         return count
 
-    def _texts(self, rows: list[dict[str, Any]], writer: tokens.SplitWriter, count: Count) -> None:
+    def _drop(self, row: Row, reason: str, count: Count) -> None:
+        source = str(row.get("source", ""))
+        count.dropped[reason] += 1
+        self.quarantine.append([{"source": source, "reason": reason}])
+        self.first_bad = self.first_bad or (source, reason)
+
+    def _texts(self, rows: list[Row], writer: tokens.SplitWriter, count: Count) -> None:
+        for row in rows:
+            if not row["text"]:
+                self._drop(row, "empty text", count)
         texts = [row["text"] for row in rows if row["text"]]
-        count.dropped.update({"empty text": len(rows) - len(texts)} if len(rows) > len(texts) else {})
         writer.extend(self.encoder.documents(texts))
         count.rows += len(texts)
         count.bytes += sum(_size(text) for text in texts)
 
-    def _chats(self, rows: list[dict[str, Any]], writer: tokens.SplitWriter, count: Count) -> None:
-        rendered: list[Rendered] = []
-        for row in rows:
+    def _chats(self, rows: list[Row], writer: tokens.SplitWriter, count: Count) -> None:
+        assert self.chat is not None
+        asked = [self._requests(row) for row in rows]
+        answers = iter(self.chat.many([request for one in asked for request in one]))
+        rendered = [_first_bad([next(answers) for _ in one]) for one in asked]
+        examples = iter(self.encoder.conversations([pieces for one in rendered if isinstance(one, list) for pieces in one]))
+        for row, one in zip(rows, rendered, strict=True):
+            # the encoder's answers are taken in step with the rows it was given, also of those that are dropped afterwards
+            encoded = [next(examples) for _ in one] if isinstance(one, list) else []
             try:
-                rendered.append(self._render(row))
+                if isinstance(one, BadRow):
+                    raise one
+                kept = self._fit(row, one, encoded, count)
             except BadRow as bad:
-                count.dropped[str(bad)] += 1
-        examples = iter(self.encoder.conversations([pieces for one in rendered for pieces in one]))
-        for one in rendered:
-            try:
-                kept = self._fit([next(examples) for _ in one], count)
-            except BadRow as bad:
-                count.dropped[str(bad)] += 1
+                self._drop(row, str(bad), count)
                 continue
             writer.extend([ids for ids, _ in kept], [mask for _, mask in kept])
+            self._beside(row, writer)
             count.rows += 1
             count.bytes += sum(_size(text) for pieces in one for text, _ in pieces)
 
-    def _render(self, row: dict[str, Any]) -> Rendered:
+    def _requests(self, row: Row) -> list[Request]:
+        """The conversations that a row's examples are rendered from: one, or chosen and rejected."""
         if self.view == "chat":
-            return [self.chat.pieces(row["messages"])]
-        if row["chosen"] == row["rejected"]:
-            raise BadRow("chosen equals rejected")
-        sides = [self.chat.pieces([_turn("user", row["prompt"]), _turn("assistant", row[side])]) for side in ("chosen", "rejected")]
-        if sides[0] == sides[1]:
-            raise BadRow("chosen equals rejected as the chat template writes them")
-        return sides
+            return [(row["messages"], "every")]
+        if self.view == "prompt":
+            return [(conversation.of(row["prompt"]), "prompt")]
+        return [(conversation.of(row["prompt"], row[side]), "last") for side in ANSWERS[self.view]]
 
-    def _fit(self, examples: list[Example | None], count: Count) -> list[Example]:
-        """A row's examples cut to seq_len; BadRow where that leaves nothing to learn."""
+    def _fit(self, row: Row, pieces: Rendered, examples: list[Example | None], count: Count) -> list[Example]:
+        """A row's examples cut to seq_len; BadRow where that leaves nothing to learn, or a prompt is not whole."""
         whole = [example for example in examples if example is not None]
         if len(whole) < len(examples):
             raise BadRow("a token crosses the edge of the assistant's text")
+        if self.view == "prompt":
+            return [self._prompt(pieces[0][0][0], *whole)]
+        if self.view == "preference" and row["chosen"] == row["rejected"]:
+            raise BadRow("chosen equals rejected")
+        if len(pieces) == 2 and pieces[0] == pieces[1]:
+            raise BadRow("chosen equals rejected as the chat template writes them")
         if len({tuple(ids[: mask.index(1)]) for ids, mask in whole}) > 1:
             raise BadRow("chosen and rejected do not share the prompt's tokens")
         kept = [(ids[: self.seq_len], mask[: self.seq_len]) for ids, mask in whole]
@@ -162,9 +194,28 @@ class _Work:
         count.truncated += sum(len(ids) > self.seq_len for ids, _ in whole)
         return kept
 
+    def _prompt(self, text: str, example: Example) -> Example:
+        key = hashlib.sha256(text.encode()).digest()[:16]
+        if key in self.prompts:
+            raise BadRow("duplicate prompt")
+        if len(example[0]) > self.seq_len:
+            raise BadRow("the prompt is longer than seq_len")
+        self.prompts.add(key)
+        return example
 
-def _turn(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
+    def _beside(self, row: Row, writer: tokens.SplitWriter) -> None:
+        if self.view == "feedback":
+            writer.label(row["label"])
+        elif self.view == "prompt":
+            writer.answer(row["answer"])
+        elif self.view == "preference":
+            writer.margin(row.get("margin"))
+
+
+def _first_bad(results: list[Result]) -> Rendered | BadRow:
+    """A row's pieces, or what is wrong with the first of its conversations that has something wrong."""
+    bad = next((one for one in results if isinstance(one, BadRow)), None)
+    return bad if bad is not None else [one for one in results if not isinstance(one, BadRow)]
 
 
 def _size(text: str) -> int:

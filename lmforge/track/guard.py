@@ -27,6 +27,8 @@ class Silent:
 
     def text(self, title: str, text: str) -> None: ...
 
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None: ...
+
     def artifact(self, made: ArtifactRef, inputs: Sequence[ArtifactRef]) -> None: ...
 
     def finish(self, summary: Mapping[str, Any], exit_code: int = 0) -> None: ...
@@ -51,6 +53,9 @@ class Guard:
 
     def text(self, title: str, text: str) -> None:
         self._try(lambda tracker: tracker.text(title, text))
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        self._try(lambda tracker: tracker.table(title, columns, rows))
 
     def artifact(self, made: ArtifactRef, inputs: Sequence[ArtifactRef]) -> None:
         self._try(lambda tracker: tracker.artifact(made, inputs))

@@ -44,6 +44,9 @@ class Tracker(Protocol):
     def text(self, title: str, text: str) -> None:
         """A piece of text beside the metrics of the last step, such as generated text."""
 
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """A table beside the metrics of the last step, such as answers with their rewards; one title may come at many steps."""
+
     def artifact(self, made: ArtifactRef, inputs: Sequence[ArtifactRef]) -> None:
         """Lineage: this run read `inputs` and made `made`. Files are referred to, never uploaded."""
 

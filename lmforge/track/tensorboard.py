@@ -46,6 +46,10 @@ class TensorBoardRun:
         lines = text.splitlines() or [""]
         self._writer.add_text(title, "\n".join(f"    {line}" for line in lines), self._step)  # indented: Markdown shows it as it is
 
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        lines = [columns, ["---"] * len(columns), *rows]
+        self._writer.add_text(title, "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines), self._step)
+
     def artifact(self, made: ArtifactRef, inputs: Sequence[ArtifactRef]) -> None:
         self.text(f"artifact/{made.kind}", "\n".join([f"{made.name} = {made.folder}", *(f"from {ref.name} = {ref.folder}" for ref in inputs)]))
 
@@ -54,3 +58,11 @@ class TensorBoardRun:
             if isinstance(value, (int, float)):
                 self._writer.add_scalar(f"final/{name}", value, self._step)
         self._writer.close()
+
+
+MARKS = {ord(sign): f"&#{ord(sign)};" for sign in "\\`*_{}[]<>()#|~&"} | {ord("\n"): "<br>"}
+
+
+def _cell(value: object) -> str:
+    """What Markdown shows as this text within one cell of a table."""
+    return str(value).translate(MARKS).replace("  ", "&nbsp; ")

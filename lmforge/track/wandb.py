@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmforge.errors import RunError
 from lmforge.track.guard import Guard, Silent, one_line
+from lmforge.track.jsonl import plain
 from lmforge.track.login import Mode, choose
 from lmforge.track.nodes import ArtifactRef, RunInfo, Say, Tracker
 
@@ -102,6 +103,13 @@ class WandbRun:
         import wandb
 
         self._run.log({title: wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)}, step=self._step)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        import wandb
+
+        # A table of its own each time: one that has been logged can no longer grow.
+        table = wandb.Table(columns=list(columns), data=[[plain(cell) for cell in row] for row in rows], allow_mixed_types=True)
+        self._run.log({title: table}, step=self._step)
 
     def artifact(self, made: ArtifactRef, inputs: Sequence[ArtifactRef]) -> None:
         for ref in inputs:

@@ -23,8 +23,13 @@ KEPT = {
 
 
 def lower(model: Any, recipe: Recipe) -> None:
-    """Turn on what the recipe asks for, in place, on a transformers model."""
+    """Turn on what the recipe asks for, in place, on a transformers model, or on a module whose `transformers()` are several."""
     model.to(getattr(torch, recipe.param_dtype))
+    for one in model.transformers() if hasattr(model, "transformers") else [model]:
+        _lower(one, recipe)
+
+
+def _lower(model: Any, recipe: Recipe) -> None:
     if recipe.parallel.activation_checkpointing != "none":
         options: dict[str, Any] = {"use_reentrant": False}
         if recipe.parallel.activation_checkpointing == "selective":

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lmforge.step import Report
 from lmforge.training import state
 from lmforge.training.meter import Meter
-from lmforge.training.objective import Objective
+from lmforge.training.objective import Figured, Objective, Preparing, Resumable
 from lmforge.training.order import GlobalBatch
 from lmforge.training.randomness import seed_step
 from lmforge.training.recipe import Recipe
@@ -70,6 +70,9 @@ class TrainingModule(LightningModule):
         factor = self.recipe.optimizer.schedule.factor(batch.step, self.recipe.steps)
         for group in self._groups():
             group["lr"] = group["initial_lr"] * factor
+        if isinstance(self.objective, Preparing):
+            with torch.no_grad(), self._autocast():
+                batch = self.objective.prepare(self.model, batch)
         loss = self._backward(batch)
         self._update(batch.step, loss)
         self.done = batch.step + 1
@@ -153,6 +156,8 @@ class TrainingModule(LightningModule):
         now = time.monotonic()
         weight = sums.pop("weight")
         metrics = {name: value / max(weight, 1.0) for name, value in sums.items()}
+        if isinstance(self.objective, Figured):
+            metrics |= self.objective.figures()
         metrics["grad_norm"] = float(self.meter.grad_norm)
         metrics["lr"] = self._groups()[0]["lr"]
         metrics["tokens_per_s"] = (self.tokens - self.interval_tokens) / max(now - self.interval_start, 1e-9)
@@ -180,6 +185,8 @@ class TrainingModule(LightningModule):
             "scaler": self.scaler.state_dict(),
             "meter": self.meter.state_dict(),
         }
+        if isinstance(self.objective, Resumable):
+            payload["objective"] = self.objective.state_dict()
         state.save(self.folder, self.done, payload)
 
     def _restore(self, saved: dict[str, Any]) -> None:
@@ -188,6 +195,8 @@ class TrainingModule(LightningModule):
             optimizer.load_state_dict(one)
         self.scaler.load_state_dict(saved["scaler"])
         self.meter.load_state_dict(saved["meter"])
+        if isinstance(self.objective, Resumable):
+            self.objective.load_state_dict(saved["objective"])
         self.done, self.tokens, self.elapsed_s = saved["step"], saved["tokens"], saved["elapsed_s"]
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lmforge.training.order import GlobalBatch
 
 Batch = dict[str, Tensor]
 
@@ -43,4 +46,41 @@ class Objective(Protocol):
 
     def loss(self, model: nn.Module | Any, batch: Batch) -> LossParts:
         """Forward through a transformers model; `weight` equals `self.weight(batch)`."""
+        ...
+
+
+# What an objective may have besides; the training module asks for each by its methods.
+
+
+@runtime_checkable
+class Preparing(Protocol):
+    """An objective that needs the model before the loss: KTO's KL over the global batch, the rollouts of PPO and GRPO."""
+
+    def prepare(self, model: nn.Module | Any, batch: GlobalBatch) -> GlobalBatch:
+        """What to train on in place of `batch`; called on every rank at the start of each step, without gradient and in the step's autocast.
+
+        The step's random state is set before it, so what is drawn depends on (seed, step, rank) alone. Collectives are allowed: all ranks come here.
+        """
+        ...
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """An objective with a state between steps, such as a rollout that is trained on for several of them."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers, strings, lists and dicts of them, the same on every rank: rank 0's is the one that is kept."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave; tensors come on the CPU."""
+        ...
+
+
+@runtime_checkable
+class Figured(Protocol):
+    """An objective with metrics that are no sums over a batch."""
+
+    def figures(self) -> dict[str, float]:
+        """Means since this was last asked, the same on every rank; merged into the logged metrics."""
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -40,6 +41,20 @@ class RowOrder:
         return self._permutation
 
 
+@runtime_checkable
+class Uneven(Protocol):
+    """Rows of different lengths, which a batch pads to its longest."""
+
+    def lengths(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens of each of these rows, or what grows with them."""
+        ...
+
+
+def longest_first(rows: Rows | Any, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The same rows with those of like length together, so that less is padded, and memory at its height first; equal ones in their order."""
+    return indices[np.argsort(-rows.lengths(indices), kind="stable")] if isinstance(rows, Uneven) else indices
+
+
 @dataclass(frozen=True)
 class GlobalBatch:
     """One rank's share of one optimizer step's data."""
@@ -71,7 +86,8 @@ class StepData(Dataset[GlobalBatch]):
 
     def __getitem__(self, step: int) -> GlobalBatch:
         start = step * self.rows_per_step
-        indices = self.order.take(start + self.first, start + self.last)
+        # A sum over rows weighs each alike, so the gradient does not depend on which of them share a micro-batch.
+        indices = longest_first(self.rows, self.order.take(start + self.first, start + self.last))
         batches = [self.rows.batch(part.tolist()) for part in self._cut(indices)]
         weight = torch.stack([self.objective.weight(batch) for batch in batches]).sum()
         return GlobalBatch(step, batches, weight, sum(batch["input_ids"].numel() for batch in batches))

@@ -34,6 +34,12 @@ PLANS: dict[str, tuple[str, ...]] = {
         *DATA,
         "hardware=h200x8",
     ),
+    "rlhf": ("stage=[pretrain,sft,reward,ppo]", "model=nano", *DATA, "hardware=cpu"),
+    "grpo": ("stage=[pretrain,sft,grpo]", "model=nano", *DATA, "hardware=cpu"),
+    "dpo_lora": ("stage=[pretrain,sft,dpo]", "adapter=lora", "model=nano", *DATA, "hardware=cpu"),
+    "sft_qlora_7b": ("stage=sft", "adapter=qlora", "model=7b", *DATA, "hardware=a100x1", "eval=none"),
+    "sample": ("stage=[sft,reward,sample]", "model=1b", *DATA, "hardware=h100x1", "eval=none"),
+    **{name: (f"stage={name}", "model=1b", *DATA, "hardware=h100x8", "eval=none") for name in ("kto", "ipo", "hinge", "orpo", "simpo")},
 }
 
 

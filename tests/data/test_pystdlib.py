@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -32,6 +33,7 @@ RULES = Rules(
     min_body_chars=10,
     max_body_chars=400,
     max_pair_chars=600,
+    negatives=1,
     mutations=MUTATIONS,
     mutation_fraction=0.5,
     mutation_edits=1,
@@ -57,7 +59,7 @@ def test_the_account_adds_up_and_is_what_was_written(library: Path, data: Make) 
     account = corpus.account(library)
     exclude = data("pystdlib").exclude  # type: ignore[attr-defined]
     assert account.rows.entered == len(manifest.walk(ROOT, (".py",), exclude)) > 400
-    for view in corpus.VIEWS:
+    for view in corpus.views(library):
         written = [split for split, _ in rows(library, view)]
         tally = account.views[view]
         assert (written.count("train"), written.count("heldout")) == (tally.train, tally.heldout)
@@ -197,8 +199,9 @@ def small(tmp_path: Path) -> Path:
     return folder
 
 
-def write(folder: Path, out: Path) -> corpus.Account:
-    return stdlib.write(folder, manifest.walk(folder, (".py",), ["tests"]), 0.2, RULES, out, lambda done, total, text: None)
+def write(folder: Path, out: Path, negatives: int = 1) -> corpus.Account:
+    rules = dataclasses.replace(RULES, negatives=negatives)
+    return stdlib.write(folder, manifest.walk(folder, (".py",), ["tests"]), 0.2, rules, out, lambda done, total, text: None)
 
 
 def test_bad_files_are_counted_and_quarantined_by_line(small: Path, tmp_path: Path) -> None:
@@ -350,3 +353,56 @@ def test_groups_follow_chains_and_short_overlaps_do_not_count() -> None:
     lines = [f"a telling line of some length, number {index}" for index in range(12)]
     texts = ["\n".join(lines[:6]), "\n".join("    " + line for line in lines[3:9]), "\n".join(lines[6:]), "\n".join([*lines[:2], "x = 1"])]
     assert groups(texts) == [0, 0, 0, 3]
+
+
+def preferences(out: Path) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {split: [] for split in corpus.SPLITS}
+    for split, row in rows(out, "preference"):
+        found[split].append(row)
+    return found
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory, data: Make) -> Path:
+    folder = tmp_path_factory.mktemp("three")
+    data("pystdlib", negatives=3).run(Context(step="data", folder=folder, out=folder / "corpus", inputs={}))
+    return folder / "corpus"
+
+
+def test_more_negatives_are_different_wrong_bodies_and_the_first_stays_what_it_was(library: Path, three: Path) -> None:
+    one, more = preferences(library), preferences(three)
+    assert one["heldout"] == more["heldout"]
+    assert len({row["prompt"] + row["chosen"] for row in more["heldout"]}) == len(more["heldout"])
+    groups_of: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in more["train"]:
+        groups_of.setdefault((row["prompt"], row["chosen"]), []).append(row)
+    assert [rows_[0] for rows_ in groups_of.values()] == one["train"]
+    assert sum(len(rows_) == 3 for rows_ in groups_of.values()) > 0.98 * len(one["train"])
+    for (_, chosen), rows_ in groups_of.items():
+        assert len({row["rejected"] for row in rows_} | {chosen}) == len(rows_) + 1
+        assert all(abs(len(row["rejected"]) - len(chosen)) <= 0.1 * len(chosen) for row in rows_)
+    later = [row for rows_ in groups_of.values() for row in rows_[1:]]
+    assert 0.3 < sum(row["kind"] == "mutation" for row in later) / len(later) < 0.7
+    differences = [len(row["rejected"]) - len(row["chosen"]) for row in later]
+    assert abs(statistics.mean(differences)) < 0.01 * statistics.mean(len(row["chosen"]) for row in later)
+    tally = corpus.account(three).views["preference"]
+    assert tally.entered == 3 * len(one["train"]) + len(one["heldout"])
+    assert (library / "chat" / "train.jsonl").read_bytes() == (three / "chat" / "train.jsonl").read_bytes()
+
+
+def test_negatives_that_do_not_exist_are_counted(tmp_path: Path) -> None:
+    """One function a file, whose body has few mutants, and as many others of its length as there are files."""
+    planted(tmp_path / "lib", 12)
+    account = write(tmp_path / "lib", tmp_path / "out", negatives=100)
+    tally = account.views["preference"]
+    assert tally.train < 100 * account.views["chat"].train
+    assert tally.dropped == {"no_wrong_body_of_that_length": 100 * account.views["chat"].train - tally.train}
+    assert preferences(tmp_path / "out")["heldout"] == (write(tmp_path / "lib", tmp_path / "one") and preferences(tmp_path / "one")["heldout"])
+
+
+def test_one_negative_is_what_it_has_always_been(tmp_path: Path) -> None:
+    """Figures of one version are compared with those of another: the pairs may not change by themselves."""
+    planted(tmp_path / "lib", 20)
+    write(tmp_path / "lib", tmp_path / "out")
+    digest = hashlib.sha256(b"".join((tmp_path / "out" / "preference" / f"{split}.jsonl").read_bytes() for split in corpus.SPLITS))
+    assert digest.hexdigest()[:16] == "6b7bc5f171b72e59"

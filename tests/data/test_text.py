@@ -39,17 +39,71 @@ def rows(folder: Path, view: str) -> list[dict[str, Any]]:
     return [row for split in corpus.SPLITS for row in corpus.read(folder, view, split)]
 
 
+def turn(role: str, content: str | None = None, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+OPENAI = [
+    PAIR[0],
+    turn("assistant", None, tool_calls=[{"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}]),
+    turn("tool", "2", name="add", tool_call_id="c1"),
+    PAIR[1],
+]
+FUNCTIONS = [
+    SHAREGPT[0],
+    {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+    {"from": "observation", "value": "2"},
+    SHAREGPT[1],
+]
+LONG = [turn("system", "Be brief."), turn("user", "Hi {0}"), turn("assistant", "Hello"), PAIR[0]]
+LONG3 = numbered(LONG)[3]
+ANSWERED = {"prompt": "Q3?", "chosen": "A3.", "rejected": "B3."}
+WHOLE = {"chosen": [*LONG, turn("assistant", "A{0}.")], "rejected": [*LONG, turn("assistant", "B{0}.")]}
 DIALECTS = [
     ("text", {"text": "Words {0}."}, {"text": "Words 3."}),
     ("chat", {"messages": PAIR}, {"messages": numbered(PAIR)[3]}),
     ("chat", {"conversations": SHAREGPT}, {"messages": numbered(PAIR)[3]}),
     ("chat", {"prompt": "Q{0}?", "completion": "A{0}."}, {"messages": numbered(PAIR)[3]}),
+    ("chat", {"prompt": PAIR[:1], "completion": PAIR[1:]}, {"messages": numbered(PAIR)[3]}),
     ("chat", {"instruction": "Q{0}?", "input": "", "output": "A{0}."}, {"messages": numbered(PAIR)[3]}),
     ("chat", {"instruction": "Add", "input": "{0}", "output": "A{0}."}, {"messages": [{"role": "user", "content": "Add\n\n3"}, numbered(PAIR)[3][1]]}),
-    ("preference", {"prompt": "Q{0}?", "chosen": "A{0}.", "rejected": "B{0}."}, {"prompt": "Q3?", "chosen": "A3.", "rejected": "B3."}),
-    ("preference", {"prompt": "Q{0}?", **LISTED}, {"prompt": "Q3?", "chosen": "A3.", "rejected": "B3."}),
-    ("preference", LISTED, {"prompt": "Q3?", "chosen": "A3.", "rejected": "B3."}),
+    (
+        "chat",
+        {"messages": OPENAI},
+        {
+            "messages": [
+                numbered(PAIR)[3][0],
+                turn("assistant", "", tool_calls=[{"id": "c1"} | CALL]),
+                turn("tool", "2", name="add", tool_call_id="c1"),
+                numbered(PAIR)[3][1],
+            ]
+        },
+    ),
+    (
+        "chat",
+        {"conversations": FUNCTIONS},
+        {"messages": [numbered(PAIR)[3][0], turn("assistant", "", tool_calls=[CALL]), turn("tool", "2"), numbered(PAIR)[3][1]]},
+    ),
+    ("preference", {"prompt": "Q{0}?", "chosen": "A{0}.", "rejected": "B{0}."}, ANSWERED),
+    ("preference", {"prompt": "Q{0}?", "chosen": "A{0}.", "rejected": "B{0}.", "margin": 0.5}, ANSWERED | {"margin": 0.5}),
+    ("preference", {"prompt": "Q{0}?", **LISTED}, ANSWERED),
+    ("preference", LISTED, ANSWERED),
+    ("preference", {"prompt": PAIR[:1], "chosen": [PAIR[1]], "rejected": [turn("assistant", "B{0}.")]}, ANSWERED),
+    ("preference", {"prompt": LONG, "chosen": "A{0}.", "rejected": "B{0}."}, ANSWERED | {"prompt": LONG3}),
+    ("preference", WHOLE, ANSWERED | {"prompt": LONG3}),
+    ("preference", {"prompt": "Q{0}?", **WHOLE}, ANSWERED | {"prompt": LONG3}),
+    ("feedback", {"prompt": "Q{0}?", "completion": "A{0}.", "label": True}, {"prompt": "Q3?", "completion": "A3.", "label": True}),
+    ("feedback", {"prompt": LONG, "completion": [PAIR[1]], "label": False}, {"prompt": LONG3, "completion": "A3.", "label": False}),
+    ("prompt", {"prompt": "Q{0}?"}, {"prompt": "Q3?", "answer": None}),
+    ("prompt", {"prompt": LONG, "answer": "{0}"}, {"prompt": LONG3, "answer": "3"}),
+    ("prompt", {"prompt": "Q{0}?", "solution": "{0}"}, {"prompt": "Q3?", "answer": "3"}),
+    ("prompt", {"prompt": "Q{0}?", "ground_truth": 7.5}, {"prompt": "Q3?", "answer": "7.5"}),
+    ("prompt", {"question": "Q{0}?", "answer": "A{0}."}, {"prompt": "Q3?", "answer": "A3."}),
 ]
+
+
+SINGLE = {view: (view, row, wanted) for view, row, wanted in reversed(DIALECTS)}  # the first of each view
 
 
 @pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "parquet"])
@@ -82,18 +136,51 @@ BAD: list[tuple[bytes, str, str]] = [
     (b"[1, 2]", "wrong_type", "expected an object, got list"),
     (b"[" * 100_000, "broken_json", ""),
     (b'{"messages": "hi"}', "wrong_type", "messages is str, not a list"),
-    (b'{"messages": [{"role": "user", "content": "hi"}]}', "missing_field", "no assistant turn"),
-    (b'{"messages": [{"role": "assistant", "content": "hi"}]}', "missing_field", "begins with the assistant"),
-    (b'{"messages": [{"role": "user", "content": "q"}, {"role": "robot", "content": "a"}]}', "wrong_type", "messages[1].role is 'robot'"),
+    (b'{"messages": []}', "empty_conversation", "messages is empty"),
+    (b'{"messages": [{"role": "user", "content": "hi"}]}', "no_assistant_turn", "no assistant turn"),
+    (b'{"messages": [{"role": "assistant", "content": "hi"}]}', "turn_order", "messages[0]: begins with the assistant"),
+    (
+        b'{"messages": [{"role": "user", "content": "q"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}',
+        "turn_order",
+        "messages[1]: two user turns in a row",
+    ),
+    (
+        b'{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}, {"from": "system", "value": "s"}]}',
+        "turn_order",
+        "conversations[2]: a system turn right after an assistant turn",
+    ),
+    (b'{"messages": [{"role": "user", "content": "q"}, {"role": "robot", "content": "a"}]}', "unknown_role", "messages[1].role is 'robot'"),
+    (b'{"messages": [{"role": "user", "content": " "}, {"role": "assistant", "content": "a"}]}', "empty", "messages[0].content is empty"),
+    (b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]}', "empty", "messages[1].content is empty"),
+    (b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [{"id": "x"}]}]}', "wrong_type", "messages[1].tool_calls[0] is not"),
+    (b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": "x"}]}', "wrong_type", "tool_calls is str, not a list"),
+    (b'{"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "add(1)"}]}', "wrong_type", "is not a call of a named function"),
     (b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": null}]}', "missing_field", "messages[1].content is missing"),
     (b'{"messages": [7]}', "wrong_type", "messages[0] is int"),
     (b'{"instruction": "q", "output": ""}', "empty", "output is empty"),
-    (b'{"prompt": "q", "chosen": "a", "rejected": "a"}', "empty", "the same"),
+    (b'{"prompt": "q", "chosen": "a", "rejected": "a"}', "chosen_is_rejected", "the same"),
     (b'{"chosen": "a", "rejected": "b"}', "missing_field", "prompt is missing"),
-    (b'{"prompt": "q", "chosen": [], "rejected": "b"}', "missing_field", "chosen has no assistant turn"),
+    (b'{"prompt": "q", "chosen": [], "rejected": "b"}', "empty_conversation", "chosen is empty"),
+    (b'{"prompt": "q", "chosen": [{"role": "user", "content": "q"}], "rejected": "b"}', "no_assistant_turn", "chosen does not end with the assistant"),
     (b'{"prompt": "q", "chosen": ["a"], "rejected": "b"}', "wrong_type", "chosen[0] is str"),
     (b'{"chosen": [{"role": "assistant"}], "rejected": "b"}', "missing_field", "chosen[0].content is missing"),
-    (b'{"prompt": [1], "chosen": "a", "rejected": "b"}', "wrong_type", "prompt is not a single user turn"),
+    (b'{"prompt": [1], "chosen": "a", "rejected": "b"}', "wrong_type", "prompt[0] is int, not an object"),
+    (b'{"prompt": "q", "chosen": [{"role": "user", "content": "r"}, {"role": "assistant", "content": "a"}], "rejected": "b"}', "different_prompts", "answer"),
+    (
+        b'{"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],'
+        b' "rejected": [{"role": "user", "content": "r"}, {"role": "assistant", "content": "b"}]}',
+        "different_prompts",
+        "chosen and rejected do not answer the same prompt",
+    ),
+    (b'{"prompt": "q", "chosen": "a", "rejected": "b", "margin": "wide"}', "wrong_type", "margin is 'wide', not a number"),
+    (b'{"prompt": "q", "chosen": "a", "rejected": "b", "margin": NaN}', "wrong_type", "margin is nan, not a number"),
+    (b'{"prompt": "q", "completion": "a", "label": "yes"}', "label_not_boolean", "label is 'yes', not a boolean"),
+    (b'{"prompt": "q", "completion": "a", "label": 1}', "label_not_boolean", "label is 1, not a boolean"),
+    (b'{"prompt": "q", "completion": "a", "label": null}', "label_not_boolean", "label is missing, not a boolean"),
+    (b'{"prompt": "q", "completion": "", "label": true}', "empty", "completion is empty"),
+    (b'{"prompt": []}', "empty_conversation", "prompt is empty"),
+    (b'{"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}', "turn_order", "prompt ends with the assistant"),
+    (b'{"question": "q", "answer": ["a"]}', "wrong_type", "answer is list, not text"),
 ]
 
 
@@ -158,12 +245,16 @@ def test_one_prompt_never_stands_in_both_splits(tmp_path: Path, data: Make, run:
 
 
 def test_several_views_in_one_folder(tmp_path: Path, data: Make, run: Run) -> None:
-    jsonl(tmp_path / "in" / "a.jsonl", *(row for one in (DIALECTS[0], DIALECTS[1], DIALECTS[6]) for row in numbered(one[1])))
+    jsonl(tmp_path / "in" / "a.jsonl", *(row for one in (DIALECTS[0], DIALECTS[1], SINGLE["preference"]) for row in numbered(one[1])))
     (tmp_path / "in" / "b.txt").write_text("More words.\n")
     node = data("text", path=str(tmp_path / "in"))
     assert node.views == ("text", "chat")  # a plan looks at sixteen rows of a file: the pairs come later
-    jsonl(tmp_path / "in" / "d.jsonl", DIALECTS[6][1])
+    jsonl(tmp_path / "in" / "d.jsonl", SINGLE["preference"][1])
+    assert node.views == corpus.views(run(node)) == ("text", "chat", "preference")
+    assert [node.offers(view) for view in corpus.VIEWS] == ["text", "chat", "preference", "preference", "chat"]
+    jsonl(tmp_path / "in" / "e.jsonl", *(row for view in ("feedback", "prompt") for row in numbered(SINGLE[view][1])[:8]))
     assert node.views == corpus.views(run(node)) == corpus.VIEWS
+    assert [node.offers(view) for view in corpus.VIEWS] == list(corpus.VIEWS)
 
 
 def test_a_long_txt_is_cut_into_documents_and_nothing_is_lost(tmp_path: Path, data: Make, run: Run) -> None:

@@ -12,7 +12,18 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lmforge.errors import DataError
-from lmforge.formats.packing import IGNORE, bfd_rows, collate, collate_pairs, pairs, stream_rows
+from lmforge.formats.packing import (
+    IGNORE,
+    bfd_rows,
+    collate,
+    collate_examples,
+    collate_mismatched,
+    collate_pairs,
+    collate_shared,
+    mismatched,
+    pairs,
+    stream_rows,
+)
 from lmforge.formats.tokens import Meta, SplitWriter, Tokens, write_meta
 
 VOCAB, EOS = 50, 0
@@ -157,7 +168,7 @@ def test_pairs_collated_equal_the_examples_alone(tmp_path: Path) -> None:
     assert batch["input_ids"].shape == (4, 9)
     logits, _, _ = alone(network, tokens)
     with torch.no_grad():
-        found = network(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
+        found = network(**{key: batch[key] for key in ("input_ids", "position_ids", "attention_mask")}, use_cache=False).logits
     for row, example in enumerate((4, 5, 0, 1)):
         length = len(tokens.example(example)[0])
         torch.testing.assert_close(found[row, :length], logits[example], atol=1e-5, rtol=1e-5)
@@ -165,5 +176,63 @@ def test_pairs_collated_equal_the_examples_alone(tmp_path: Path) -> None:
         assert batch["labels"][row, : length - 1].tolist() == [int(one) if on else IGNORE for one, on in zip(ids[1:], mask[1:], strict=True)]
         assert (numpy["labels"][row, length - 1 :] == IGNORE).all()
         assert numpy["attention_mask"][row].tolist() == [1] * length + [0] * (9 - length)
+    assert numpy["keep"].tolist() == sorted({int(at) for at in np.nonzero(numpy["labels"] != IGNORE)[1]})
     with pytest.raises(DataError, match="3 examples do not make pairs"):
         pairs(np.array([0, 1, 2, 3]))
+
+
+def pair_tokens(folder: Path, triples: list[tuple[list[int], list[int], list[int]]], seq_len: int = 16) -> Tokens:
+    """(prompt, chosen, rejected) as the tokens of a preference view."""
+    both = [(prompt, answer) for prompt, *answers in triples for answer in answers]
+    with SplitWriter(folder, "train", VOCAB) as writer:
+        writer.extend([prompt + answer for prompt, answer in both], [[0] * len(prompt) + [1] * len(answer) for prompt, answer in both])
+    count = {"train": writer.tokens, "heldout": 0}
+    write_meta(
+        folder,
+        Meta(
+            view="preference", seq_len=seq_len, vocab_size=VOCAB, read=count, rows=count, tokens=count, supervised=count, bytes=count, truncated=0,
+            dropped={}, eos_token_id=EOS, stop_token_ids=[EOS],
+        ),
+    )  # fmt: skip
+    return Tokens(folder, "train")
+
+
+def test_a_shared_row_by_hand(tmp_path: Path) -> None:
+    tokens = pair_tokens(tmp_path, [([1, 2, 3], [4, 5, EOS], [6, EOS]), ([7, 8], [9, EOS], [9, EOS])])
+    batch = collate_shared([0, 1], tokens)
+    # prompt but its last token | last token of the prompt and the chosen answer | the same and the rejected answer
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, EOS, 3, 6, EOS, EOS], [7, EOS, 8, 9, EOS, EOS, 8, 9, EOS, EOS]]
+    no = IGNORE
+    assert batch["labels"].tolist() == [[no, no, 4, 5, EOS, no, 6, EOS, no, no], [no, no, 9, EOS, no, no, 9, EOS, no, no]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 2, 3, 4, 0], [0, 0, 1, 2, 3, 0, 1, 2, 3, 0]]
+    assert batch["prompt_mask"].tolist() == [[1, 1], [1, 0]]
+    assert batch["ends"].tolist() == [[5, 8], [4, 8]]
+    assert batch["unshared"].tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 6, 7, 8, -1], [0, 2, 3, 4, -1, -1], [0, 6, 7, 8, -1, -1]]
+    assert batch["unshared_keep"].tolist() == [1, 2, 3, 4]
+
+
+def test_shared_rows_lead_back_to_the_examples(tmp_path: Path) -> None:
+    """Also without a prompt, with prompts that differ, and with answers that begin alike."""
+    tokens = pair_tokens(tmp_path, [([], [4, 5, EOS], [6, EOS]), ([1, 2, 3], [4, 5, EOS], [4, 7, EOS]), ([3] * 12, [EOS], [9, EOS])])
+    tokens.ids = np.array(tokens.ids)
+    tokens.ids[int(tokens.offsets[3])] = 30  # the second prompt of a pair begins with another token
+    batch, plain = collate_shared(range(3), tokens), collate_pairs(range(3), tokens)
+    places = batch["unshared"]
+    for name in ("input_ids", "labels", "position_ids"):
+        back = np.take_along_axis(batch[name].repeat(2, 0), places.clip(0), 1)
+        assert (back == plain[name])[plain["attention_mask"] == 1].all(), name
+    assert ((places >= 0) == (plain["attention_mask"] == 1)).all()
+    assert batch["unshared_keep"].tolist() == plain["keep"].tolist()
+    assert batch["prompt_mask"].sum(1).tolist() == [0, 0, 11]
+    assert (batch["labels"] != IGNORE).sum() == (plain["labels"] != IGNORE).sum()
+
+
+def test_mismatched_rows_are_prompts_with_the_answers_of_half_a_split_on(tmp_path: Path) -> None:
+    tokens = pair_tokens(tmp_path, [([1, 2, 3], [4, 5, EOS], [6, EOS]), ([7, 8], [9, EOS], [10, 11, 12, EOS])], seq_len=6)
+    assert [mismatched(index, 4) for index in range(4)] == [2, 3, 0, 1]
+    assert sorted(mismatched(index, 5) for index in range(5)) == list(range(5))
+    batch = collate_mismatched([0, 1, 2], tokens)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 9, EOS, EOS], [1, 2, 3, 10, 11, 12], [7, 8, 4, 5, EOS, EOS]]  # cut to seq_len
+    assert batch["labels"].tolist() == [[IGNORE, IGNORE, 9, EOS, IGNORE, IGNORE], [IGNORE, IGNORE, 10, 11, 12, IGNORE], [IGNORE, 4, 5, EOS, IGNORE, IGNORE]]
+    assert batch["keep"].tolist() == [1, 2, 3, 4]
+    assert collate_examples([1, 2], tokens)["input_ids"].tolist() == [[1, 2, 3, 6, EOS], [7, 8, 9, EOS, EOS]]

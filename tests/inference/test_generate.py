@@ -147,3 +147,52 @@ def test_the_default_length_is_bounded_where_there_is_room(checkpoint: Path, tmp
     ids = open_tokenizer(folder)("for i")["input_ids"]
     found = "".join(generate(folder, "for i", **GREEDY | {"max_new_tokens": None}))
     assert found == by_hand(folder, ids, 128)
+
+
+# Adapters
+
+
+def learned(checkpoint: Path, out: Path, name: str) -> Path:
+    """An adapter of the checkpoint that says something else than its base."""
+    from lmforge.model import build
+    from tests.adapter import tiny
+
+    node = tiny.adapter(name)
+    node.save(tiny.learn(node.attach(build.from_folder(checkpoint).eval())), checkpoint, out, checkpoint)
+    return out
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "qlora", "prompt_tuning"])
+def test_an_adapter_speaks_on_its_base(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    """Without a cache: the whole prefix again for every token."""
+    from lmforge.inference.adapters import open_adapter
+    from lmforge.inference.forward import logits
+
+    adapter = learned(checkpoint, tmp_path / "adapter", name)
+    model, found = open_adapter(open_model(checkpoint), adapter), open_tokenizer(checkpoint)("def add(a")["input_ids"]
+    start = len(found)
+    for _ in range(12):
+        with torch.no_grad():
+            ids = torch.tensor([found])
+            found.append(int(logits(model, {"input_ids": ids, "position_ids": torch.arange(len(found))[None]})[0, -1].argmax()))
+        if found[-1] in (0, open_tokenizer(checkpoint).convert_tokens_to_ids("<|end|>")):
+            break
+    text = "".join(generate(checkpoint, "def add(a", **GREEDY, adapter=adapter))
+    assert text == open_tokenizer(checkpoint).decode(found[start:], skip_special_tokens=True)
+    assert text != "".join(generate(checkpoint, "def add(a", **GREEDY))
+
+
+def test_a_soft_prompt_takes_room_in_the_context(checkpoint: Path, tmp_path: Path) -> None:
+    adapter = learned(checkpoint, tmp_path / "adapter", "prompt_tuning")
+    with pytest.raises(RunError, match="exceed the context of 44"):
+        generate(checkpoint, "def add(a", **GREEDY | {"max_new_tokens": 44}, adapter=adapter)
+
+
+def test_an_adapter_of_another_base_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["lm_head.weight"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    adapter = learned(other, tmp_path / "adapter", "lora")
+    with pytest.raises(CheckpointError, match="was trained on another base"):
+        generate(checkpoint, "def", **GREEDY, adapter=adapter)

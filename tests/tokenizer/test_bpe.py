@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from lmforge.codec import decode, keys
 from lmforge.errors import ConfigError, DataError
-from lmforge.tokenizer.chat import SPECIAL_TOKENS, TEMPLATE
+from lmforge.tokenizer.markers import SPECIAL_TOKENS, TEMPLATE
 from lmforge.tokenizer.nodes import BPE, SMALLEST, Own, Tokenizer
 
 CONF = Path(__file__).parents[2] / "conf/model/tokenizer"
@@ -24,8 +24,8 @@ def test_any_text_round_trips_and_autotokenizer_opens_the_folder(kit: SimpleName
     assert len(tokenizer) <= kit.vocab
     assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
     assert tokenizer.chat_template == TEMPLATE
-    assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == [0, 1, 2, 3, 4]
-    assert [len(tokenizer(token)["input_ids"]) for token in SPECIAL_TOKENS] == [1] * 5
+    assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == [0, 1, 2, 3, 4, 5]
+    assert [len(tokenizer(token)["input_ids"]) for token in SPECIAL_TOKENS] == [1] * 6
 
 
 def test_a_lines_end_and_the_next_lines_indentation_are_one_word(bpe: Path) -> None:
@@ -62,6 +62,6 @@ def test_conf_holds_every_key(name: str) -> None:
 
 
 def test_a_vocabulary_below_bytes_and_markers_is_refused() -> None:
-    assert SMALLEST == 261
-    with pytest.raises(ConfigError, match=r"tokenizer.vocab_size: 260 must be >= 261"):
-        decode(Tokenizer, {"type": "bpe", "vocab_size": 260, "min_frequency": 2}, "tokenizer")
+    assert SMALLEST == 262
+    with pytest.raises(ConfigError, match=r"tokenizer.vocab_size: 261 must be >= 262"):
+        decode(Tokenizer, {"type": "bpe", "vocab_size": 261, "min_frequency": 2}, "tokenizer")

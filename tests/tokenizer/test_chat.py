@@ -9,8 +9,11 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lmforge.tokenizer.chat import TEMPLATE, BadRow, Chat
+from lmforge.tokenizer.chat import Chat, Mode
 from lmforge.tokenizer.encode import Encoder
+from lmforge.tokenizer.markers import TEMPLATE
+from lmforge.tokenizer.shapes import BadRow, Piece
+from lmforge.tokenizer.templates import Renderer
 
 # In the style of each family; @ and # stand where {% generation %} and {% endgeneration %} go in the oracle's copy.
 STYLES = {
@@ -76,8 +79,13 @@ def answers(row: dict[str, Any]) -> list[str]:
     return [message["content"] for message in row["messages"] if message["role"] == "assistant"]
 
 
+def pieces(tokenizer: Any, messages: Any, mode: Mode = "every") -> list[Piece]:
+    with Renderer(tokenizer) as renderer:
+        return Chat(tokenizer, renderer).pieces(messages, mode)
+
+
 def encode(tokenizer: Any, row: dict[str, Any]) -> tuple[list[int], list[int]]:
-    [example] = Encoder(tokenizer, markers=True).conversations([Chat(tokenizer).pieces(row["messages"])])
+    [example] = Encoder(tokenizer, markers=True).conversations([pieces(tokenizer, row["messages"])])
     assert example is not None
     return example
 
@@ -142,9 +150,13 @@ BAD = [
     ([], "no messages"),
     (chat("q", "   ")["messages"], "an empty turn"),
     (chat("q")["messages"], "no assistant turn"),
-    ([{"role": "tool", "content": "x"}], "unknown role"),
-    ([{"role": "user", "content": "a"}, *chat("b", "c")["messages"]], "do not alternate"),
-    ([{"role": "assistant", "content": "a"}], "do not alternate"),
+    ([{"role": "robot", "content": "x"}], "unknown role"),
+    ([{"role": "tool", "content": "x"}], "begins with the tool"),
+    ([{"role": "user", "content": "a"}, *chat("b", "c")["messages"]], "two user turns in a row"),
+    ([*chat("b", "c")["messages"], {"role": "assistant", "content": "a"}], "two assistant turns in a row"),
+    ([*chat("b", "c")["messages"], {"role": "system", "content": "a"}], "a system turn right after an assistant turn"),
+    ([{"role": "assistant", "content": "a"}], "begins with the assistant"),
+    ([{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": ["f()"]}], "tool_calls is not a list of functions"),
     ([{"role": "user", "content": ["x"]}], "not text"),
     (chat("say <|end|>", "a")["messages"], "special token"),
 ]
@@ -153,7 +165,7 @@ BAD = [
 @pytest.mark.parametrize(("messages", "reason"), BAD)
 def test_bad_conversations_are_refused_with_the_reason(bpe: Path, messages: Any, reason: str) -> None:
     with pytest.raises(BadRow, match=reason):
-        Chat(AutoTokenizer.from_pretrained(str(bpe))).pieces(messages)
+        pieces(AutoTokenizer.from_pretrained(str(bpe)), messages)
 
 
 @pytest.mark.parametrize(
@@ -167,12 +179,12 @@ def test_bad_conversations_are_refused_with_the_reason(bpe: Path, messages: Any,
 )
 def test_a_template_that_loses_the_answer_is_refused(bpe: Path, template: str, reason: str) -> None:
     with pytest.raises(BadRow, match=reason):
-        Chat(with_template(bpe, template)).pieces(chat("q", "thought</think>a")["messages"])
+        pieces(with_template(bpe, template), chat("q", "thought</think>a")["messages"])
 
 
 def test_the_template_cannot_reach_python(bpe: Path) -> None:
     with pytest.raises(BadRow, match="unsafe"):
-        Chat(with_template(bpe, "{{ ''.__class__.__mro__ }}")).pieces(chat("q", "a")["messages"])
+        pieces(with_template(bpe, "{{ ''.__class__.__mro__ }}"), chat("q", "a")["messages"])
 
 
 def test_a_tokenizer_that_begins_texts_with_a_space_is_masked_by_offsets() -> None:

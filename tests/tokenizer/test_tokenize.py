@@ -16,7 +16,7 @@ from lmforge.errors import DataError
 from lmforge.formats.tokens import Tokens
 from lmforge.step import Report
 
-MARKERS = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
+MARKERS = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|tool|>")
 
 
 def adds_up(meta: dict[str, Any]) -> bool:
@@ -107,7 +107,7 @@ def test_running_twice_gives_the_same_files(kit: SimpleNamespace, small_corpus: 
     for name in ("a", "b"):
         kit.tokenize(small_corpus, bpe, tmp_path / name, "chat")
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
-    assert len(files) == 2 * 3 + 3 + 1
+    assert len(files) == 2 * 3 + 3 + 2
     assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
 
 
@@ -151,13 +151,13 @@ def foreign(bpe: Path, out: Path, drop: tuple[str, ...] = MARKERS) -> Path:
 def test_a_tokenizer_without_a_template_gets_ours_where_there_is_room(kit: SimpleNamespace, small_corpus: Path, bpe: Path, tmp_path: Path) -> None:
     base = foreign(bpe, tmp_path / "base")
     entries = len(AutoTokenizer.from_pretrained(str(base)))
-    meta = kit.tokenize(small_corpus, base, tmp_path / "tokens", "chat", vocab_size=entries + 4)
+    meta = kit.tokenize(small_corpus, base, tmp_path / "tokens", "chat", vocab_size=entries + 5)
     made, tokens = AutoTokenizer.from_pretrained(str(tmp_path / "tokens/tokenizer")), Tokens(tmp_path / "tokens", "train")
-    assert [made.convert_tokens_to_ids(marker) for marker in MARKERS] == list(range(entries, entries + 4))
+    assert [made.convert_tokens_to_ids(marker) for marker in MARKERS] == list(range(entries, entries + 5))
     assert tokens.example(1)[0].tolist() == made.apply_chat_template(kit.chats[1]["messages"], return_dict=False)
     assert meta["stop_token_ids"] == [0, entries + 3]
-    with pytest.raises(DataError, match=f"tokenizer has {entries + 4} entries with the 4 markers of our chat template.*but model.vocab_size is {entries + 3}"):
-        kit.tokenize(small_corpus, base, tmp_path / "small", "chat", vocab_size=entries + 3)
+    with pytest.raises(DataError, match=f"tokenizer has {entries + 5} entries with the 5 markers of our chat template.*but model.vocab_size is {entries + 4}"):
+        kit.tokenize(small_corpus, base, tmp_path / "small", "chat", vocab_size=entries + 4)
     assert not (tmp_path / "small/meta.json").exists()
 
 
@@ -185,7 +185,7 @@ def test_a_split_without_a_usable_row_is_refused(kit: SimpleNamespace, bpe: Path
     with pytest.raises(DataError, match=r"text/train.jsonl: has no rows"):
         kit.tokenize(none, bpe, tmp_path / "a", "text")
     bad = kit.write_corpus(tmp_path / "bad", {("chat", "train"): [kit.chat("q", "")] * 3})
-    with pytest.raises(DataError, match="none of its 3 rows can be used; for 3 of them: an empty turn"):
+    with pytest.raises(DataError, match="test: an empty turn; every one of the 3 train rows is bad for the chat view, and this is the first"):
         kit.tokenize(bad, bpe, tmp_path / "b", "chat")
     with pytest.raises(DataError, match="no preference/train rows in this corpus; it offers: text"):
         kit.tokenize(none, bpe, tmp_path / "c", "preference")

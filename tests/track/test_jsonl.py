@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -75,3 +76,52 @@ def test_a_full_disk_is_one_line() -> None:
 
 def test_a_missing_file_has_no_rows(tmp_path: Path) -> None:
     assert read(tmp_path / "none.jsonl") == []
+
+
+def samples(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def test_tables_are_lines_at_the_step_logged_last_and_rewind_with_it(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+    metrics.table("answers", ["prompt", "reward"], [["before", 0]])
+    for step in (10, 20):
+        metrics.log(step, {"loss": 1.0})
+        metrics.table("answers", ["prompt", "reward"], [[f"a\nb{step}", numpy.float32(0.5)], ["c", math.inf]])
+    metrics.close()
+    rows = [{"prompt": "a\nb20", "reward": 0.5}, {"prompt": "c", "reward": "inf"}]
+    assert samples(tmp_path)[2] == {"step": 20, "title": "answers", "rows": rows}
+    resumed = Metrics(tmp_path / "metrics.jsonl")
+    resumed.rewind(15)
+    resumed.table("resumed", ["prompt"], [["p"]])
+    assert [(one["step"], one["title"]) for one in samples(tmp_path)] == [(0, "answers"), (10, "answers"), (15, "resumed")]
+    resumed.close()
+    afresh = Metrics(tmp_path / "metrics.jsonl")
+    afresh.rewind(0)
+    assert samples(tmp_path) == []
+
+
+def test_ranks_tables_reach_the_disk_and_the_tracker(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from lmforge.runtime.launch import FileReport, _Lines
+    from lmforge.runtime.progress import LiveReport
+    from lmforge.track.guard import Silent
+
+    class Kept(Silent):
+        tables: ClassVar[list[object]] = []
+
+        def table(self, *given: object) -> None:
+            self.tables.append(given)
+
+    (tmp_path / "events").touch()
+    rank = FileReport(tmp_path / "events")
+    rank.log(7, {"loss": 1.0})
+    rank.table("answers", ("prompt", "reward"), [("p", 0.5)])
+    live = LiveReport("ppo", Console(quiet=True), Metrics(tmp_path / "metrics.jsonl"), Kept())
+    with (tmp_path / "events").open() as events:
+        _Lines(events, live).pass_on()
+    assert samples(tmp_path) == [{"step": 7, "title": "answers", "rows": [{"prompt": "p", "reward": 0.5}]}]
+    assert Kept.tables == [("answers", ["prompt", "reward"], [["p", 0.5]])]

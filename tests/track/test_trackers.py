@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -22,6 +23,8 @@ from lmforge.track.nodes import ArtifactRef, RunInfo, Track
 
 CONF = Path(__file__).parents[2] / "conf" / "track"
 KEY = "0123456789abcdef" * 2 + "01234567"
+COLUMNS = ["prompt", "answer", "reward", "done"]
+ROWS = [["def f(x):", "    return x | 1\n", 0.5, True], ["def <g>():", "", float("nan"), None]]
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +58,9 @@ def drive(track: Track, run: RunInfo, said: list[str]) -> None:
     tracker.log(10, {"loss": 2.5, "lr": 1e-3})
     tracker.log(20, {"loss": float("nan")})
     tracker.text("sample", "def f(x):\n    return x < 1")
+    tracker.table("answers", COLUMNS, ROWS)
+    tracker.log(30, {"loss": 1.5})
+    tracker.table("answers", COLUMNS, ROWS[:1])
     tracker.artifact(checkpoint(run.folder / "made", "dpo-0123abcd"), [checkpoint(run.folder / "used", "sft-4567cdef")])
     tracker.finish({"preference_accuracy": 0.75})
 
@@ -90,10 +96,22 @@ def test_an_offline_wandb_run_holds_everything(tmp_path: Path) -> None:
     assert next(record["exit"] for record in found if record["type"] == "exit").get("exit_code", 0) == 0
 
 
+def test_an_offline_wandb_run_holds_each_table_at_its_step(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    drive(make("wandb"), info(tmp_path / "step"), [])
+    items = [record["history"]["item"] for record in records(tmp_path / "step") if record["type"] == "history"]
+    tables = {item["_step"]: {name: item[f"answers.{name}"] for name in ("_type", "path", "nrows", "ncols")} for item in items if "answers._type" in item}
+    assert {step: (one["_type"], one["nrows"], one["ncols"]) for step, one in tables.items()} == {20: ("table-file", 2, 4), 30: ("table-file", 1, 4)}
+    (folder,) = (tmp_path / "step").glob("wandb/offline-run-*/files")
+    first, second = (json.loads((folder / tables[step]["path"]).read_text()) for step in (20, 30))
+    assert first == {"columns": COLUMNS, "data": [ROWS[0], ["def <g>():", "", "nan", None]]}
+    assert second == {"columns": COLUMNS, "data": ROWS[:1]}
+
+
 def test_wandb_lineage_is_an_input_and_an_output_by_reference(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     drive(make("wandb"), info(tmp_path / "step"), [])
-    artifacts = [record["artifact"] for record in records(tmp_path / "step") if record["type"] == "artifact"]
+    artifacts = [record["artifact"] for record in records(tmp_path / "step") if record["type"] == "artifact" and record["artifact"]["type"] != "run_table"]
     used, made = artifacts
     assert (used["name"], used.get("use_after_commit", False)) == ("sft-4567cdef", True)
     assert (made["name"], made.get("use_after_commit", False), made["type"]) == ("dpo-0123abcd", False, "checkpoint")
@@ -176,6 +194,20 @@ def test_tensorboard_files_are_read_back(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(10, 2.5), (20, 2.0)]
     make("tensorboard", dir=str(tmp_path / "all"), flush_s=1).open(info(tmp_path / "b")).finish({})
     assert list((tmp_path / "all" / "quickstart" / "dpo").glob("events.out.*"))
+
+
+def test_a_tensorboard_table_is_markdown_that_shows_the_text_as_it_is(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    drive(make("tensorboard"), info(tmp_path / "step"), [])
+    events = EventAccumulator(str(tmp_path / "step" / "tensorboard")).Reload()
+    shown = events.Tensors("answers/text_summary")
+    assert [event.step for event in shown] == [20, 30]
+    page = markdown_to_safe_html(shown[0].tensor_proto.string_val[0])
+    cells = [html.unescape(re.sub(r"<br ?/?>", "\n", cell)).replace("\xa0", " ") for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", page, re.DOTALL)]
+    assert [cell.strip() for cell in cells] == [str(cell).strip() for line in (COLUMNS, *ROWS) for cell in line]
 
 
 @pytest.mark.parametrize("package", ["wandb", "tensorboard"])

@@ -25,3 +25,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def preference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_run.write_tokens(tmp_path_factory.mktemp("tokens") / "preference", "preference")
+
+
+@pytest.fixture(scope="session")
+def feedback(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run.write_tokens(tmp_path_factory.mktemp("tokens") / "feedback", "feedback")

@@ -1,4 +1,4 @@
-"""Losses against torch's and transformers' own, in value and gradient."""
+"""Token losses against torch's and transformers' own, in value and gradient."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from lmforge.training.losses import dpo_loss, sequence_logprobs, token_cross_entropy
+from lmforge.training.losses.tokens import sequence_logprobs, token_cross_entropy
 
 
 def logits_and_labels(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,14 +57,3 @@ def test_sequence_logprobs_sum_what_is_supervised() -> None:
     table = logits.log_softmax(-1)
     by_hand = [sum(float(table[row, at, labels[row, at]]) for at in range(11) if labels[row, at] != -100) for row in range(3)]
     assert sequence_logprobs(logits, labels).tolist() == pytest.approx(by_hand, rel=1e-5)
-
-
-def test_dpo_by_hand() -> None:
-    policy = torch.tensor([-3.0, -5.0], requires_grad=True)
-    loss, chosen, rejected = dpo_loss(policy[:1], policy[1:], torch.tensor([-4.0]), torch.tensor([-4.5]), beta=0.5, label_smoothing=0.0)
-    assert float(loss) == pytest.approx(float(functional.softplus(torch.tensor(-0.75))))  # margin 0.5 * (1 + 0.5)
-    assert (float(chosen), float(rejected)) == (0.5, -0.25)
-    assert not chosen.requires_grad
-    loss.backward()
-    assert policy.grad is not None
-    assert float(policy.grad[0]) == pytest.approx(-0.5 * float(torch.sigmoid(torch.tensor(-0.75))))

@@ -10,6 +10,7 @@ import torch
 
 from lmforge.errors import DataError
 from lmforge.training.objectives.causal_lm import CausalLM
+from lmforge.training.objectives.reward import BradleyTerry
 from lmforge.training.order import RowOrder, StepData
 
 
@@ -39,3 +40,18 @@ def test_ranks_and_micro_batches_cut_the_same_global_batch(chat: Path) -> None:
         assert torch.equal(joined, whole.micro_batches[0]["labels"])
         assert sum(int(part.weight) for part in parts) == int(whole.weight)
         assert sum(part.tokens for part in parts) == whole.tokens == 128
+
+
+def test_rows_of_like_length_share_a_micro_batch(preference: Path) -> None:
+    objective = BradleyTerry(preference, 0.0, 0.0)
+    rows = objective.dataset("train")
+
+    def data(micro: int) -> StepData:
+        return StepData(objective, rows, rows_per_step=12, micro_batch_size=micro, seed=0, rank=0, world=1)
+
+    order = RowOrder(len(rows), 0).take(12, 24)
+    widths = [int(batch["unshared"].shape[1]) for batch in data(3)[1].micro_batches]
+    assert widths == sorted(rows.lengths(order).tolist(), reverse=True)[::3]
+    assert widths[0] > widths[-1]
+    parts = torch.cat([batch["prompt_mask"].sum(1) for batch in data(3)[1].micro_batches])
+    assert torch.equal(parts, data(12)[1].micro_batches[0]["prompt_mask"].sum(1))  # the same rows, and once each

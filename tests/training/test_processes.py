@@ -48,3 +48,11 @@ def test_two_ranks_equal_one(chat: Path, tmp_path: Path) -> None:
         for key, value in load_file(tmp_path / name / "final.safetensors").items():
             torch.testing.assert_close(value, weights[key], rtol=0, atol=1e-5 if name == "fp32" else 3e-2)
     assert results["fp32"]["metrics"]["loss"] != results["bf16"]["metrics"]["loss"]  # the reduce dtype does something
+    report = tiny_run.Lines()
+    weights = tiny_run.train_kto(tmp_path / "kto", report)
+    for ours, theirs in zip(report.logged, results["kto"]["logged"], strict=True):
+        for name in ("loss", "kl", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen"):
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-4), name
+        assert ours["kl"] > 1  # of one rank's answers it would be another
+    for key, value in load_file(tmp_path / "kto.safetensors").items():
+        torch.testing.assert_close(value, weights[key], rtol=0, atol=1e-5)

@@ -25,21 +25,41 @@ VOCABULARY, EOS = 61, 0
 
 
 def write_tokens(folder: Path, view: str, examples: int = 60, seq_len: int = 16, seed: int = 0) -> Path:
-    """Random examples of uneven lengths; in chat and preference views a prompt of uneven length is unsupervised."""
+    """Random examples of uneven lengths; in other views than text a prompt of uneven length is unsupervised, the same in both examples of a pair."""
     generator = np.random.default_rng(seed)
-    meta = Meta(
-        view=view, seq_len=seq_len, vocab_size=VOCABULARY, read={}, rows={}, tokens={}, supervised={}, bytes={}, truncated=0, dropped={},
-        eos_token_id=EOS, stop_token_ids=[EOS],
-    )  # fmt: skip
     for split in ("train", "heldout"):
         lengths = generator.integers(4, seq_len, size=examples)
         ids = [[*generator.integers(1, VOCABULARY, size=length).tolist(), EOS] for length in lengths]
         prompts = [0 if view == "text" else int(generator.integers(1, length)) for length in lengths]
-        with SplitWriter(folder, split, VOCABULARY) as writer:
-            writer.extend(ids, [[0] * prompt + [1] * (len(one) - prompt) for one, prompt in zip(ids, prompts, strict=True)])
-        meta["tokens"][split], meta["supervised"][split] = writer.tokens, writer.supervised
-    write_meta(folder, meta)
+        if view == "preference":
+            for a, b in zip(range(0, examples, 2), range(1, examples, 2), strict=True):
+                prompts[b] = prompts[a] = min(prompts[a], len(ids[b]) - 1)
+                ids[b][: prompts[b]] = ids[a][: prompts[a]]
+        masks = [[0] * prompt + [1] * (len(one) - prompt) for one, prompt in zip(ids, prompts, strict=True)]
+        write_split(folder, split, view, ids, masks, labels=[index % 3 != 0 for index in range(examples)], seq_len=seq_len)
     return folder
+
+
+def write_split(
+    folder: Path, split: str, view: str, ids: list[list[int]], masks: list[list[int]], *, labels: list[bool] | None = None, margins: list[float] | None = None,
+    seq_len: int = 16,
+) -> None:  # fmt: skip
+    """These examples as one split of a tokens folder, with what the other split has where it is there."""
+    beside = (["labels"] if view == "feedback" else []) + (["margins"] if margins else [])
+    with SplitWriter(folder, split, VOCABULARY, beside) as writer:
+        writer.extend(ids, masks)
+        for label in (labels or []) if view == "feedback" else []:
+            writer.label(label)
+        for margin in margins or []:
+            writer.margin(margin)
+    meta = Meta(
+        view=view, seq_len=seq_len, vocab_size=VOCABULARY, read={}, rows={}, tokens={"train": 0, "heldout": 0}, supervised={}, bytes={}, truncated=0,
+        dropped={}, eos_token_id=EOS, stop_token_ids=[EOS],
+    )  # fmt: skip
+    if (folder / "meta.json").is_file():
+        meta = json.loads((folder / "meta.json").read_text())
+    meta["tokens"][split], meta["supervised"][split] = writer.tokens, writer.supervised
+    write_meta(folder, meta)
 
 
 def tiny_model(dropout: float = 0.0) -> Any:
@@ -63,6 +83,19 @@ def tiny_llama(layers: int = 2) -> Any:
         LlamaConfig(
             vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
             max_position_embeddings=64, eos_token_id=EOS, bos_token_id=EOS, pad_token_id=None,
+        )
+    )  # fmt: skip
+
+
+def tiny_reward_model() -> Any:
+    """A Llama with one score, large enough weights for scores to differ."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+            max_position_embeddings=64, eos_token_id=EOS, bos_token_id=EOS, pad_token_id=EOS, num_labels=1, initializer_range=0.1,
         )
     )  # fmt: skip
 
@@ -122,6 +155,21 @@ def train(folder: Path, tokens: Path, *, dropout: float = 0.0, report: Report | 
     return metrics, load_file(folder / "final.safetensors")
 
 
+def train_kto(folder: Path, report: Report, devices: int = 1, micro: int | None = None) -> Any:
+    """Fit KTO, whose baseline is a mean over all ranks, on tokens of its own; returns the final weights."""
+    from lmforge.training.fit import fit
+    from lmforge.training.objectives.kto import Kto
+
+    home = folder / f"rank-{os.environ.get('RANK', 0)}"
+    write_tokens(home, "feedback")
+    for name in ("train", "train_kl"):
+        np.save(home / f"{name}.npy", np.random.default_rng(len(name)).uniform(-60, -20, 60).astype(np.float32))
+    made: dict[str, Any] = {}
+    told = recipe(parallel=parallel(devices), optimizer=adamw(eps=1e-5))
+    fit(told, Kto(home, home, 0.3, 1.5, 0.7), tiny_model(), context(folder, report, micro, devices), lambda model: made.update(model.state_dict()))
+    return made
+
+
 def killed(folder: Path, tokens: Path, dropout: float) -> None:
     """Run until step 4's metrics are logged, a state saved after every step before, and die there by SIGKILL."""
     train(folder, tokens, dropout=dropout, report=Lines(4, lambda: os.kill(os.getpid(), signal.SIGKILL)), save_every_s=0.0, log_every=1)
@@ -141,7 +189,11 @@ def main(job: str, folder: Path, tokens: Path) -> None:
             report = Lines()
             metrics, _ = train(folder / name, tokens, devices=2, micro=2, report=report, optimizer=adamw(eps=1e-5), **changes)
             results[name] = {"metrics": metrics, "logged": report.logged}
+        report = Lines()
+        weights = train_kto(folder, report, devices=2, micro=3)
+        results["kto"] = {"logged": report.logged}
         if os.environ["RANK"] == "0":
+            save_file({name: value.clone() for name, value in weights.items()}, folder / "kto.safetensors")
             (folder / "results.json").write_text(json.dumps(results))
         else:
             assert not any(one["logged"] for one in results.values())

@@ -11,6 +11,9 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lmforge.__main__ import main
+from lmforge.inference.generate import generate
+
 Cli = Callable[..., Any]
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 STEP = "sft-0123456789abcdef"
@@ -67,3 +70,55 @@ def test_a_prompt_that_begins_like_the_option_is_a_prompt(cli: Cli, store: Path)
 def test_words_too_few_or_too_many_are_one_line(cli: Cli, words: tuple[str, ...]) -> None:
     answer = cli("generate", *words)
     assert (answer.code, answer.out, answer.err.count("\n")) == (2, "", 1)
+
+
+# Runs that end with an adapter, and one adapter in place of another
+
+GREEDY = {"max_new_tokens": 8, "temperature": 0.0, "top_p": 0.95, "seed": 0, "chat": False}
+PROMPT = "def add(a"
+
+
+def expected(output: Path, adapter: str | None) -> str:
+    folder = output / "steps" / adapter / "adapter" if adapter else None
+    return "".join(generate(output / "steps" / "pretrain-aaaa1111" / "checkpoint", PROMPT, **GREEDY, adapter=folder)) + "\n"
+
+
+def said(output: Path, capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["generate", words[0], PROMPT, *words[1:], "--max-new-tokens", "8", "--temperature", "0", f"output={output}"]) == 0
+    return capsys.readouterr().out
+
+
+def test_what_the_run_made_last_speaks(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run ends with an adapter, whose base is found."""
+    adapted, plain = expected(output, "sft-bbbb2222"), expected(output, None)
+    assert adapted != plain
+    assert said(output, capsys, "20260101-000000-sft") == adapted
+    assert said(output, capsys, "bbbb") == adapted
+    assert said(output, capsys, str(output / "steps" / "sft-bbbb2222" / "adapter")) == adapted
+    assert said(output, capsys, "aaaa") == plain
+    assert said(output, capsys, str(output / "steps" / "pretrain-aaaa1111" / "checkpoint")) == plain
+
+
+@pytest.mark.parametrize("run", ["20260101-000000-sft", "aaaa"])
+def test_one_adapter_for_another(output: Path, capsys: pytest.CaptureFixture[str], run: str) -> None:
+    other = expected(output, "sft-cccc3333")
+    assert other not in (expected(output, "sft-bbbb2222"), expected(output, None))
+    assert said(output, capsys, run, "--adapter", "cccc") == other
+    assert said(output, capsys, run, "--adapter", str(output / "steps" / "sft-cccc3333" / "adapter")) == other
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["zzzz"], "no such run, step or digest"),
+        (["aaaa", "--adapter", "zzzz"], "no such run, step or digest"),
+        (["aaaa", "--adapter", "aaaa"], "made no adapter"),
+        (["org/name"], "a hub id is not generated from directly"),
+    ],
+)
+def test_what_is_not_there_is_refused_in_one_line(output: Path, capsys: pytest.CaptureFixture[str], words: list[str], says: str) -> None:
+    assert main(["generate", words[0], PROMPT, *words[1:], f"output={output}"]) == 2
+    found = capsys.readouterr()
+    assert says in found.err
+    assert found.err.strip().count("\n") == 0
+    assert found.out == ""

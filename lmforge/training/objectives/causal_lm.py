@@ -13,21 +13,22 @@ from torch import Tensor
 from lmforge.errors import DataError
 from lmforge.formats import packing
 from lmforge.formats.tokens import Tokens
-from lmforge.training.losses import IGNORE, token_cross_entropy
+from lmforge.inference.forward import logits
+from lmforge.training.losses.tokens import IGNORE, token_cross_entropy
 from lmforge.training.objective import Batch, LossParts
 
 ROWS = {"text": packing.stream_rows, "chat": packing.bfd_rows}
 
 
 class PackedRows:
-    """Rows of packed examples from one split of a `tokens` folder: text as a stream, chats by best fit."""
+    """Rows of packed examples from one split of a `tokens` folder: text as a stream, chats by best fit, or (not `packed`) a chat a row."""
 
-    def __init__(self, tokens: Tokens, seq_len: int) -> None:
+    def __init__(self, tokens: Tokens, seq_len: int, packed: bool = True) -> None:
         view = tokens.meta["view"]
         if view not in ROWS:
             raise DataError(str(tokens.folder), f"tokens of the {view} view cannot be packed into rows", f"use one of: {', '.join(ROWS)}")
         self.tokens, self.seq_len = tokens, seq_len
-        self.rows: Sequence[packing.Row] = ROWS[view](tokens.offsets, seq_len)
+        self.rows: Sequence[packing.Row] = ROWS[view](tokens.offsets, seq_len) if packed else packing.single_rows(tokens.offsets)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -43,14 +44,13 @@ class CausalLM:
 
     tokens: Path
     seq_len: int
+    packed: bool = True  # False: an example a row, as a soft prompt wants
 
     def dataset(self, split: str) -> PackedRows:
-        return PackedRows(Tokens(self.tokens, split), self.seq_len)
+        return PackedRows(Tokens(self.tokens, split), self.seq_len, self.packed)
 
     def weight(self, batch: Batch) -> Tensor:
         return (batch["labels"] != IGNORE).sum()
 
     def loss(self, model: Any, batch: Batch) -> LossParts:
-        # Without an attention mask transformers reads the documents' borders from the resets of position_ids.
-        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=None, use_cache=False).logits
-        return LossParts(token_cross_entropy(logits, batch["labels"]).sum(), self.weight(batch), {})
+        return LossParts(token_cross_entropy(logits(model, batch), batch["labels"]).sum(), self.weight(batch), {})

@@ -1,4 +1,4 @@
-"""Losses as pure functions of tensors. Labels arrive shifted: `labels[t]` is the token that `logits[t]` should predict, -100 = none."""
+"""Token losses. Labels arrive shifted: `labels[t]` is the token that `logits[t]` should predict, -100 = none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 IGNORE = -100
 CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**28}  # fp32 logits alive at once: what stays in a core's cache, what fills a GPU
@@ -56,17 +55,3 @@ def token_cross_entropy(logits: Tensor, labels: Tensor, chunk_tokens: int | None
 def sequence_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-probability of each sequence, summed over its supervised tokens: logits [n, length, vocabulary], labels [n, length] -> [n]."""
     return -token_cross_entropy(logits, labels).sum(-1)
-
-
-def dpo_loss(
-    chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, *, beta: float, label_smoothing: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """DPO, sigmoid (Rafailov et al. 2023), with the label smoothing of cDPO (Mitchell 2023).
-
-    All inputs are summed log-probabilities [pairs]. Returns (loss, reward of chosen, reward of rejected), each [pairs]; a reward is
-    beta * log-ratio to the reference and carries no gradient.
-    """
-    chosen_ratio, rejected_ratio = chosen - reference_chosen, rejected - reference_rejected
-    margin = beta * (chosen_ratio - rejected_ratio)
-    loss = -(1 - label_smoothing) * functional.logsigmoid(margin) - label_smoothing * functional.logsigmoid(-margin)
-    return loss, beta * chosen_ratio.detach(), beta * rejected_ratio.detach()

@@ -1,0 +1,79 @@
+"""Writing model and adapter folders: whole or not at all, with the tokenizer that belongs to them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmforge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ANSWER = "an answer"  # stands for an assistant's turn when a chat template is asked how it ends one
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "tokenizer.model",
+    "*.jinja",
+    "merges*",
+)
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into; when the block ends it becomes `out`, the old one gone. CheckpointError where it cannot be written.
+
+    `out` is at every moment the old folder, the new one, or (for an instant) absent, never a part.
+    """
+    partial, old = (out.with_name(f".{out.name}.{what}") for what in ("partial", "old"))
+    for left in (partial, old):
+        shutil.rmtree(left, ignore_errors=True)  # of an interrupted run
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())  # before the rename: a crash cannot leave a whole-looking folder of empty files
+        if out.exists():
+            os.replace(out, old)
+        os.replace(partial, out)
+    except OSError as error:
+        raise CheckpointError(str(out), f"cannot be written: {error.strerror or error}", "free some space, or give another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def copy_tokenizer(folder: Path, out: Path) -> None:
+    """The tokenizer's own files, byte for byte, so that they hash the same in every folder of a pipeline."""
+    for path in sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}):
+        shutil.copyfile(path, out / path.name)
+
+
+def set_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the tokenizer's special ids into the model's config, and where generation ends into its generation config."""
+    for target in (model.config, model.generation_config):
+        for name in ("eos_token_id", "bos_token_id", "pad_token_id") if target is not None else ():
+            setattr(target, name, getattr(tokenizer, name))
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = stop_ids(tokenizer)
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:
+    """The end of text, and the end of a turn where the chat template closes turns with another token."""
+    stops: list[int] = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
+        text = str(tokenizer.apply_chat_template(turn, tokenize=False))
+        after = tokenizer.encode(text.rpartition(ANSWER)[2], add_special_tokens=False)
+        stops += [one for one in after if one in tokenizer.added_tokens_decoder and one not in stops][:1]
+    return stops if len(stops) > 1 else next(iter(stops), None)

@@ -1,0 +1,55 @@
+"""Scorers around scorers: one that looks at every value, and one that adds up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from lmforge.errors import RunError
+from lmforge.reward.nodes import Episodes, Scorer
+
+SHOWN_CHARS = 60  # of a prompt in an error
+
+
+class Checked:
+    """A scorer whose every value is looked at. `components` are the parts of the last values by name; empty where there are none."""
+
+    def __init__(self, name: str, scorer: Scorer) -> None:
+        self.name, self._scorer = name, scorer
+
+    @property
+    def components(self) -> Mapping[str, list[float]]:
+        return getattr(self._scorer, "components", {})
+
+    def __call__(self, episodes: Episodes) -> list[float]:
+        """One finite value a row; RunError that names this reward and the row otherwise."""
+        values = [float(value) for value in self._scorer(episodes)]
+        if len(values) != len(episodes.prompts):
+            raise RunError(self.name, f"gave {len(values)} values for {len(episodes.prompts)} answers", "a reward gives one value a row")
+        for row, value in enumerate(values):
+            if not math.isfinite(value):
+                what = f"is {value} for row {row}, the answer {shown(episodes.answers[row])} to {shown(episodes.prompts[row])}"
+                raise RunError(self.name, what, "a reward must be a finite number for every answer")
+        return values
+
+
+class Weighted:
+    """The weighted sum of scorers. `components` are their own last values, and those of sums within as outer/inner."""
+
+    def __init__(self, scorers: Mapping[str, Checked], weights: Mapping[str, float]) -> None:
+        self._scorers, self._weights = scorers, weights
+        self.components: dict[str, list[float]] = {}
+
+    def __call__(self, episodes: Episodes) -> list[float]:
+        self.components = {}
+        total = [0.0] * len(episodes.prompts)
+        for name, scorer in self._scorers.items():
+            values = scorer(episodes)
+            self.components |= {name: values} | {f"{name}/{inner}": one for inner, one in scorer.components.items()}
+            total = [so_far + self._weights[name] * value for so_far, value in zip(total, values, strict=True)]
+        return total
+
+
+def shown(text: str) -> str:
+    """The beginning of a text, for an error."""
+    return repr(text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "...")
