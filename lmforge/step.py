@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,11 @@ class StepNode(Node):
     def makes(self) -> str:
         """What this very node produces, where its keys decide it; the compiler asks here."""
         return self.produces
+
+    @classmethod
+    def made_for(cls, consumer: Node) -> StepNode | None:
+        """The step that makes what `consumer` lacks, where nothing before it does; None where it takes more than a class to say."""
+        return None if dataclasses.fields(cls) else cls()  # type: ignore[arg-type]  # every registered node is a dataclass
 
     def content(self, cache: Path | None) -> str:
         """What decides the result beyond the node's own keys: a fingerprint of local files, of a model's config."""

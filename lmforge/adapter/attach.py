@@ -12,7 +12,7 @@ import torch
 
 from lmforge.adapter.targets import ALL_LINEAR
 from lmforge.errors import RunError
-from lmforge.inference.adapters import WEIGHTS_FILE, quiet_peft
+from lmforge.inference.adapters import WEIGHTS_FILE, library, quiet_peft
 from lmforge.inference.base import write_base
 from lmforge.inference.checkpoint import open_tokenizer
 from lmforge.inference.four_bit import dense
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 SCORE = "score"  # transformers' name for the head of a sequence classifier
 
 
-def low_rank(model: Any, config: Any, targets: Sequence[str], seed: int) -> Any:
-    """LoRA or DoRA by PEFT on the layers that `targets` mean, the rest frozen; A is drawn from `seed`."""
+def low_rank(model: Any, config: Any, targets: Sequence[str], seed: int | None) -> Any:
+    """LoRA or DoRA by PEFT on the layers that `targets` mean, the rest frozen; A is drawn from `seed`, or from the caller's random state."""
     config.target_modules = linear_names(model) if tuple(targets) == (ALL_LINEAR,) else list(targets)
     if hasattr(model, SCORE):
         config.task_type = None
@@ -45,16 +45,15 @@ def linear_names(model: Any) -> list[str]:
     return sorted(found)
 
 
-def soft_prompt(model: Any, node: PromptTuning, seed: int) -> Any:
+def soft_prompt(model: Any, node: PromptTuning, seed: int | None) -> Any:
     """Prompt tuning by PEFT: `virtual_tokens` trained embeddings before every row, begun as the node says."""
-    from peft import PromptTuningConfig
-
     table = model.get_input_embeddings().weight
     task = "SEQ_CLS" if hasattr(model, SCORE) else "CAUSAL_LM"
-    made = _peft(model, PromptTuningConfig(task_type=task, num_virtual_tokens=node.virtual_tokens), seed)
+    made = _peft(model, library().PromptTuningConfig(task_type=task, num_virtual_tokens=node.virtual_tokens), seed)
     if node.init_text is not None or node.init == "vocabulary":
-        ids = _vocabulary_ids(len(table), node.virtual_tokens, seed) if node.init_text is None else _text_ids(model, node.init_text, node.virtual_tokens)
-        with torch.no_grad():
+        with torch.no_grad(), _seeded(seed):
+            drawn = torch.randint(len(table), (node.virtual_tokens,))
+            ids = drawn if node.init_text is None else _text_ids(model, node.init_text, node.virtual_tokens)
             made.prompt_encoder["default"].embedding.weight.copy_(table[ids.to(table.device)])
     follow_mask(made)
     return made
@@ -71,20 +70,24 @@ def _text_ids(model: Any, text: str, count: int) -> torch.Tensor:
     return torch.tensor((ids * -(-count // len(ids)))[:count])
 
 
-def _vocabulary_ids(entries: int, count: int, seed: int) -> torch.Tensor:
-    return torch.randint(entries, (count,), generator=torch.Generator().manual_seed(seed))
+@contextlib.contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Random numbers from `seed`, and the caller's as they were; without one, the caller's are drawn from."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
-def _peft(model: Any, config: Any, seed: int) -> Any:
-    """PEFT's model, in the mode the model is in; the random state of the caller stays as it is.
+def _peft(model: Any, config: Any, seed: int | None) -> Any:
+    """PEFT's model, in the mode the model is in.
 
     The scalar head of a reward or value model begins anew, so it is trained whole: in its place, where PEFT would train a copy of it.
     """
-    from peft import get_peft_model
-
-    with torch.random.fork_rng(), quiet_peft():
-        torch.manual_seed(seed)
-        made: Any = get_peft_model(model, config, autocast_adapter_dtype=False)
+    with _seeded(seed), quiet_peft():
+        made: Any = library().get_peft_model(model, config, autocast_adapter_dtype=False)
     if hasattr(model, SCORE):
         model.score = getattr(model.score, "original_module", model.score).requires_grad_(True)
     return made.train(model.training)
@@ -94,9 +97,7 @@ def _peft(model: Any, config: Any, seed: int) -> Any:
 
 
 def _layers(model: Any) -> list[Any]:
-    from peft.tuners.lora import LoraLayer
-
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return [module for module in model.modules() if isinstance(module, library().tuners.lora.LoraLayer)]
 
 
 def _parts(layer: Any) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
@@ -133,9 +134,7 @@ def plain_lora(model: Any) -> tuple[Any, dict[str, torch.Tensor]]:
 
     PiSSA is written as the LoRA of twice the rank that it is on the untouched base: B A - B0 A0 = [B, -B0] [A; A0], as PEFT's own conversion does.
     """
-    from peft import get_peft_model_state_dict
-
-    config, tensors = copy.copy(model.peft_config["default"]), get_peft_model_state_dict(model, save_embedding_layers=False)
+    config, tensors = copy.copy(model.peft_config["default"]), library().get_peft_model_state_dict(model, save_embedding_layers=False)
     if getattr(config, "init_lora_weights", None) != "pissa":
         return config, tensors
     starts = {name: layer for name, layer in model.named_modules() if hasattr(layer, "start_A")}
@@ -152,14 +151,13 @@ def merged(model: Any) -> Any:
 
     PEFT itself would round the sum to 4 bits again.
     """
-    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-
     if not any(type(module).__name__ == "Linear4bit" for module in model.modules()):
         return model.merge_and_unload()
-    config, tensors = model.peft_config["default"], get_peft_model_state_dict(model, save_embedding_layers=False)
+    peft, config = library(), model.peft_config["default"]
+    tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     with quiet_peft():
-        again = get_peft_model(dense(model.unload()), config, autocast_adapter_dtype=False)
-        set_peft_model_state_dict(again, tensors)
+        again = peft.get_peft_model(dense(model.unload()), config, autocast_adapter_dtype=False)
+        peft.set_peft_model_state_dict(again, tensors)
     return again.merge_and_unload()
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lmforge.adapter.nodes import Merge
-from lmforge.codec import decode, keys
+from lmforge.codec import decode
 from lmforge.data.nodes import Data
 from lmforge.errors import PlanError, Problem
 from lmforge.experiment import Experiment, NamedStage
@@ -68,11 +68,11 @@ class _Expansion:
         """The step that does this, made once however many ask for it."""
         for step in self.made:
             if step.spec == spec and step.inputs == inputs:
-                return Artifact(step=step.name, kind=spec.produces)
+                return Artifact(step=step.name, kind=spec.makes())
         taken = {step.name for step in self.made}
         name = name if name not in taken else next(f"{name}.{n}" for n in range(2, 1000) if f"{name}.{n}" not in taken)
         self.made.append(Step(name=name, stage=spec.type, group=spec.group, spec=spec, inputs=inputs))
-        return Artifact(step=name, kind=spec.produces)
+        return Artifact(step=name, kind=spec.makes())
 
     def start(self, named: NamedStage, first: bool) -> None:
         """Weights from outside: what the stage's `init_from` says, or what the model names when the first stage trains on from weights."""
@@ -122,9 +122,9 @@ class _Expansion:
         if base in self.scope:
             return self.scope[base]
         for cls in types("step").values():
-            if issubclass(cls, StepNode) and cls.produces == base and base not in cls.consumes and not keys(cls):
+            if issubclass(cls, StepNode) and cls.produces == base and base not in cls.consumes and (made := cls.made_for(named.stage)) is not None:
                 inputs = tuple(self.need(one, named, data, seq_len) for one in cls.consumes)
-                return self.add(f"{named.name}.{base}", cls(), inputs)
+                return self.add(f"{named.name}.{base}", made, inputs)
         raise PlanError.of([self.missing(kind, named)])
 
     def missing(self, kind: str, named: NamedStage) -> Problem:

@@ -33,7 +33,7 @@ def resolve(plan: Plan) -> Plan:
 
 
 def _training(step: Step, stage: TrainingStage, config: dict[str, Any]) -> Step:
-    seq_len = stage.seq_len or max_positions(config)
+    seq_len = stage.length(max_positions(config))
     stage = dataclasses.replace(stage, seq_len=seq_len)
     arithmetic = []
     batch = stage.optimizer.global_batch_tokens

@@ -11,7 +11,7 @@ from lmforge.model.fetch import FetchWeights
 from lmforge.model.source import local_folder, read_config
 from lmforge.model.weights import max_positions, vocab_size, weights
 from lmforge.plan import Plan
-from lmforge.stage.nodes import TrainingStage, Tuning
+from lmforge.stage.nodes import RewardModel, TrainingStage, Tuning
 from lmforge.tokenizer.nodes import Tokenize
 
 
@@ -55,7 +55,11 @@ def context(plan: Plan) -> Iterator[Problem]:
     longest = max_positions(plan.experiment.model.config())
     for named in plan.experiment.stages:
         stage = named.stage
-        if isinstance(stage, TrainingStage) and stage.seq_len is not None and stage.seq_len > longest:
+        taken = stage.adapter.positions if isinstance(stage, Tuning) else 0  # by a soft prompt
+        if isinstance(stage, TrainingStage) and taken and stage.length(longest) + taken > longest:
+            what = f"{stage.length(longest):,} tokens and {taken} virtual ones do not fit the model's context of {longest:,}"
+            yield Problem(f"stage.{named.name}.seq_len", what, f"type at most {longest - taken}")
+        elif isinstance(stage, TrainingStage) and stage.seq_len is not None and stage.seq_len > longest:
             yield Problem(f"stage.{named.name}.seq_len", f"{stage.seq_len:,} tokens do not fit the model's context of {longest:,}", f"type at most {longest}")
 
 
@@ -111,6 +115,8 @@ def adapters(plan: Plan) -> Iterator[Problem]:
             yield Problem(f"stage.{named.name}", what, f"make {soft} the last stage, or type stage.{soft}.adapter=lora")
         if isinstance(stage, Tuning):
             yield from stage.adapter.problems(weights(config), f"stage.{named.name}.adapter")
+            if not stage.adapter.packs and isinstance(stage, RewardModel):
+                yield Problem(f"stage.{named.name}.adapter", "a soft prompt has no score", f"type stage.{named.name}.adapter=lora or none")
             soft = soft or ("" if stage.adapter.packs else named.name)
     if soft and plan.experiment.quantize.produces:
         yield Problem("quantize", f"{soft} trains a soft prompt, which cannot be merged into the weights", "type quantize=none, or another adapter")

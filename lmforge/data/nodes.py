@@ -94,8 +94,9 @@ class PyStdlib(Data):
 
 @register("data", "text")
 class Text(Data):
-    """Your own .txt, .jsonl and .parquet files: text, chats (messages, prompt/completion, Alpaca, ShareGPT) or preference pairs, told apart by fields."""
+    """Your own .txt, .jsonl and .parquet files: text, chats (messages, prompt/completion, Alpaca, ShareGPT) preference pairs, KTO's labels or prompts."""
 
+    code_revision = 2  # turns out of order are bad rows; prompts of several turns; feedback and prompt rows; tool calls
     path: Annotated[str | None, Key("a file, or a folder that is searched for files", identity=False)]
     text_field: Annotated[str, Key("field that holds a plain text row's text")]
     heldout_fraction: Annotated[float, Key("share of the documents held out, chosen by content", gt=0, lt=1)]
@@ -148,6 +149,7 @@ class Text(Data):
 class HuggingFace(Data):
     """A data set of the Hugging Face hub by name, streamed, or a local data set folder that `datasets.load_dataset` opens. No code of a data set ever runs."""
 
+    code_revision = 2  # turns out of order are bad rows; prompts of several turns; feedback and prompt rows; tool calls
     name: Annotated[str, Key("owner/name on the hub, or a local folder", identity=False)]
     config: Annotated[str | None, Key("the data set's configuration; null where it has only one")]
     revision: Annotated[str | None, Key("commit of the data set on the hub, 40 hex digits; not read for a local folder", identity=False)]

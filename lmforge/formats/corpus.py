@@ -176,7 +176,8 @@ def read(folder: Path, view: str, split: str) -> Iterator[dict[str, Any]]:
     """Rows in their written order, one at a time; DataError where the corpus does not offer the view."""
     path = folder / view / f"{split}.jsonl"
     if not path.is_file():
-        raise DataError(str(folder), f"no {view}/{split} rows in this corpus", f"it offers: {', '.join(views(folder)) or 'nothing'}")
+        also = f"; {view} can also be made of: {', '.join(DERIVED[view])}" if view in DERIVED else ""
+        raise DataError(str(folder), f"no {view}/{split} rows in this corpus", f"it offers: {', '.join(views(folder)) or 'nothing'}{also}")
     return _rows(path)
 
 

@@ -125,8 +125,9 @@ def checkpoint_of(reference: str, output: str | Path) -> str:
 
 def _last_trained(run: Path, reference: str) -> Path:
     """The last step of a run that made weights or an adapter, quantization aside."""
-    steps = [run.parent.parent / "steps" / name for name in read_json(run / RUN_FILE)["steps"] if not name.startswith("quantize")]
-    made = [step for step in steps if any((step / file).is_file() for file in ("checkpoint/config.json", "adapter/adapter_config.json"))]
+    names: list[str] = read_json(run / RUN_FILE)["steps"]
+    made = [run.parent.parent / "steps" / name for name in names if not name.startswith("quantize")]
+    made = [step for step in made if any((step / file).is_file() for file in ("checkpoint/config.json", "adapter/adapter_config.json"))]
     if not made:
         raise ConfigError(reference, "this run made no checkpoint", "give a step or a folder of weights")
     return made[-1]

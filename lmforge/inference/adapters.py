@@ -39,18 +39,15 @@ def open_adapter(model: Any, folder: Path, *, dense: bool = False) -> Any:
     CheckpointError in one line where the adapter was trained on another base, is not whole, or is of a kind that is not known here. An adapter that was
     trained on a base in 4 bits gets such a base again, or with `dense` the base's weights rounded to what those 4 bits stand for.
     """
-    with quiet_peft():
-        from peft import get_peft_model, set_peft_model_state_dict
-
-    config, tensors = peft_config(folder), read_tensors(folder)
+    peft, config, tensors = library(), peft_config(folder), read_tensors(folder)
     _check_base(model, folder)
     said = read_base(folder)
     if said is not None and said.four_bit is not None:
         model = (four_bit.round_weights if dense else four_bit.quantize)(model, **said.four_bit)
     try:
         with quiet_peft():
-            made = get_peft_model(model, config, autocast_adapter_dtype=False)
-            loaded: Any = set_peft_model_state_dict(made, tensors)
+            made = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+            loaded = peft.set_peft_model_state_dict(made, tensors)
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise CheckpointError(str(folder), f"does not fit the model: {_short(error)}", "give the checkpoint it was trained on") from error
     astray = sorted({*(name for name in loaded.missing_keys if ".lora_" in name), *loaded.unexpected_keys} - {"prompt_embeddings"})  # PEFT takes these first
@@ -59,6 +56,13 @@ def open_adapter(model: Any, folder: Path, *, dense: bool = False) -> Any:
         raise CheckpointError(str(folder), what, "give the checkpoint it was trained on")
     follow_mask(made)
     return made.to(model.device).requires_grad_(False).eval()
+
+
+def library() -> Any:
+    """PEFT; it takes a second to import, and so is imported where an adapter is at hand."""
+    with quiet_peft():
+        import peft
+    return peft
 
 
 @contextlib.contextmanager
@@ -78,9 +82,7 @@ def quiet_peft() -> Iterator[None]:
 
 def peft_config(folder: Path) -> Any:
     """PEFT's config of the adapter in `folder`, from the keys known here only; CheckpointError for anything else that is set."""
-    import peft
-
-    said = _read_json(folder / CONFIG_FILE)
+    peft, said = library(), _read_json(folder / CONFIG_FILE)
     kind = str(said.get("peft_type"))
     if kind not in KINDS:
         raise CheckpointError(str(folder), f"is a PEFT adapter of type {kind}", f"known here: {', '.join(KINDS)}")

@@ -12,6 +12,7 @@ from lmforge.errors import CheckpointError, RunError
 from lmforge.inference.adapters import open_adapter, quiet_peft
 from lmforge.inference.checkpoint import context_tokens, has_tokenizer, open_model, open_tokenizer, quiet_transformers
 from lmforge.inference.saving import set_ids
+from lmforge.tokenizer import templates
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +99,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torc
     import torch
 
     if chat:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+        text = templates.render(tokenizer, [[{"role": "user", "content": prompt}]], add_generation_prompt=True)[0]
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes its own
     else:
         ids = tokenizer(prompt)["input_ids"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmforge.errors import CheckpointError
+from lmforge.tokenizer import templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,6 +24,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "tokenizer.model",
     "*.jinja",
+    "*.txt",
     "merges*",
 )
 
@@ -61,11 +63,14 @@ def copy_tokenizer(folder: Path, out: Path) -> None:
 
 def set_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the tokenizer's special ids into the model's config, and where generation ends into its generation config."""
-    for target in (model.config, model.generation_config):
-        for name in ("eos_token_id", "bos_token_id", "pad_token_id") if target is not None else ():
+    generation = getattr(model, "generation_config", None)  # a sequence classifier has none
+    for target in filter(None, (model.config, generation)):
+        for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
             setattr(target, name, getattr(tokenizer, name))
-    if model.generation_config is not None:
-        model.generation_config.eos_token_id = stop_ids(tokenizer)
+    if generation is not None:
+        generation.eos_token_id = stop_ids(tokenizer)
+    if hasattr(model, "score") and model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.eos_token_id  # a sequence classifier looks for the last token before padding
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:
@@ -73,7 +78,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:
     stops: list[int] = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
-        text = str(tokenizer.apply_chat_template(turn, tokenize=False))
+        text = templates.render(tokenizer, [turn], add_generation_prompt=False)[0]
         after = tokenizer.encode(text.rpartition(ANSWER)[2], add_special_tokens=False)
         stops += [one for one in after if one in tokenizer.added_tokens_decoder and one not in stops][:1]
     return stops if len(stops) > 1 else next(iter(stops), None)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
-import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +13,12 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from lmforge.errors import CheckpointError, ConfigError
-from lmforge.model.fetch import TOKENIZER_PATTERNS, weight_files
+from lmforge.inference.saving import copy_tokenizer, set_ids, whole_folder
+from lmforge.model.fetch import weight_files
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-ANSWER = "an answer"  # stands for an assistant's turn when a chat template is asked how it ends one
 REFUSALS = (ValueError, TypeError, KeyError, AssertionError, StrictDataclassError)  # what transformers and torch raise for a config they cannot build
 
 
@@ -117,24 +115,10 @@ def save(model: PreTrainedModel, tokenizer_folder: str | Path, out: str | Path) 
     rows: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     if len(tokenizer) > rows:
         raise CheckpointError(str(tokenizer_folder), f"a tokenizer of {len(tokenizer)} entries does not fit a model of {rows}", "use the model's own tokenizer")
-    _set_ids(model, tokenizer)
-    out = Path(out)
-    partial, old = (out.with_name(f".{out.name}.{what}") for what in ("partial", "old"))
-    for left in (partial, old):
-        shutil.rmtree(left, ignore_errors=True)  # of an interrupted run
-    try:
-        partial.mkdir(parents=True)
-        with _quiet():
-            model.save_pretrained(partial)
-        _copy_tokenizer(Path(tokenizer_folder), partial)
-        _sync(partial)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(str(out), f"cannot be written: {_first_line(error)}", "free some space, or give another output=") from error
-    if out.exists():
-        os.replace(out, old)
-    os.replace(partial, out)
-    shutil.rmtree(old, ignore_errors=True)
+    set_ids(model, tokenizer)
+    with whole_folder(Path(out)) as partial, _quiet():
+        model.save_pretrained(partial)
+        copy_tokenizer(Path(tokenizer_folder), partial)
 
 
 def _construct(config: Mapping[str, Any]) -> PreTrainedModel:
@@ -183,42 +167,6 @@ def _readable(file: Path) -> None:
             weights.keys()
     except (OSError, SafetensorError) as error:
         raise CheckpointError(str(file), f"is truncated or no safetensors file ({_first_line(error)})", "restore it, or make the checkpoint again") from error
-
-
-def _set_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    for target in (model.config, model.generation_config):
-        if target is None:
-            continue
-        for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
-            setattr(target, name, getattr(tokenizer, name))
-    if model.generation_config is not None:
-        model.generation_config.eos_token_id = _stop_ids(tokenizer)
-    if hasattr(model, "score") and model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.eos_token_id  # a sequence classifier looks for the last token before padding
-
-
-def _stop_ids(tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:
-    """Where generation ends: the end of text, and the end of a turn where the chat template closes turns with another token."""
-    stops: list[int] = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
-        text = str(tokenizer.apply_chat_template(turn, tokenize=False))
-        after = tokenizer.encode(text.rpartition(ANSWER)[2], add_special_tokens=False)
-        stops += [one for one in after if one in tokenizer.added_tokens_decoder and one not in stops][:1]
-    return stops if len(stops) > 1 else next(iter(stops), None)
-
-
-def _copy_tokenizer(folder: Path, out: Path) -> None:
-    """The tokenizer's own files, byte for byte, so that they hash the same in every checkpoint of a pipeline."""
-    for path in sorted({path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern)}):
-        shutil.copyfile(path, out / path.name)
-
-
-def _sync(folder: Path) -> None:
-    """Onto the disk before the rename, so that a crash cannot leave a whole-looking folder of empty files."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

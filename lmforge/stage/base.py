@@ -94,7 +94,11 @@ class TrainingStage(Stage):
         return self.seq_len * self.sequences_per_row
 
     def example_tokens(self, context_tokens: int) -> int:
-        """Its sequence length, or the model's context."""
+        """Its sequence length."""
+        return self.length(context_tokens)
+
+    def length(self, context_tokens: int) -> int:
+        """Tokens in a sequence: `seq_len`, or the model's context."""
         return self.seq_len or context_tokens
 
     def account(self, rows: int, steps: int) -> Iterator[str]:
@@ -130,8 +134,14 @@ class Tuning(TrainingStage):
         """A checkpoint, or the adapter alone: the compiler merges it where a checkpoint is needed."""
         return self.produces if self.adapter.trains_all or self.produces != "checkpoint" else "adapter"
 
+    def length(self, context_tokens: int) -> int:
+        """`seq_len`, or what a soft prompt leaves of the model's context."""
+        return self.seq_len or context_tokens - self.adapter.positions
+
     def load(self, weights: Sequence[Weight]) -> Load:
-        """All weights trained; or the adapter's trained, on frozen ones."""
-        if self.adapter.trains_all:
-            return Load(tuple(weights))
-        return Load(tuple(self.adapter.trainable(weights)), tuple(weights))
+        """All weights trained, or the adapter's; the base under an adapter counts with `frozen_bytes`, for it may be quantized."""
+        return Load(tuple(self.adapter.trainable(weights)))
+
+    def frozen_bytes(self, weights: Sequence[Weight]) -> int:
+        """The base under an adapter, and whatever else is frozen."""
+        return self.adapter.frozen_bytes(weights, self.precision.param_bytes) + super().frozen_bytes(weights)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from lmforge.registry import Key, node, register
+from lmforge.registry import Key, Node, node, register
 from lmforge.stage.base import Tuning
 from lmforge.step import Context, StepNode
 
@@ -13,7 +13,7 @@ from lmforge.step import Context, StepNode
 class Pairwise(Tuning):
     """A loss over (chosen, rejected) log-probs, and over the reference policy's where the stage consumes `reference`."""
 
-    consumes = ("checkpoint", "tokens:preference", "reference")
+    consumes: ClassVar[tuple[str, ...]] = ("checkpoint", "tokens:preference", "reference")
     sequences_per_row = 2  # chosen and rejected
 
     def loss(self, pairs: Any) -> Any:
@@ -120,16 +120,26 @@ class Kto(Tuning):
 
 @register("step", "reference")
 class Reference(StepNode):
-    """Log-probs of every preference example under the policy before training: computed once, shared by sweep points and epochs."""
+    """Log-probs of every preference example under the policy before training: computed once, shared by sweep points and epochs.
+
+    With an adapter that is the base with the adapter off, which is the checkpoint the stage starts from; no second copy is kept while training.
+    """
 
     consumes = ("checkpoint", "tokens:preference")
     produces = "reference"
+
+    four_bit: Annotated[dict[str, Any] | None, Key("how the base under an adapter is rounded to 4 bits; null = it is not")]
+
+    @classmethod
+    def made_for(cls, consumer: Node) -> StepNode | None:
+        """On the very base that the stage trains its adapter on."""
+        return cls(four_bit=consumer.adapter.four_bit) if isinstance(consumer, Tuning) else None
 
     def run(self, context: Context) -> dict[str, Any]:
         """One forward pass over the examples."""
         from lmforge.stage.reference import reference
 
-        return reference(context)
+        return reference(context, self.four_bit)
 
 
 @register("step", "feedback_reference")

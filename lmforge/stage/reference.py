@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from lmforge.formats.tokens import SPLITS, Tokens
+from lmforge.inference.four_bit import round_weights
 from lmforge.model import build
 from lmforge.step import Context
 from lmforge.training.objectives.kto import FeedbackRows, other
@@ -21,13 +22,15 @@ from lmforge.training.scoring import score
 ROWS_PER_BATCH = 16
 
 
-def reference(context: Context) -> dict[str, Any]:
+def reference(context: Context, four_bit: dict[str, Any] | None = None) -> dict[str, Any]:
     """Log-probs of every example under the incoming policy, dropout off: {split}.npy, and for single answers {split}_kl.npy of the mismatched ones too.
 
     In float32 on the accelerator, where there is one. They are computed once and kept, so they are as exact as they can be, whatever dtype
-    the policy then computes in: its log-ratios start at 0 up to the rounding of that dtype.
+    the policy then computes in: its log-ratios start at 0 up to the rounding of that dtype. `four_bit` rounds the weights as QLoRA's base is.
     """
     model: Any = build.from_folder(context.inputs["checkpoint"], torch.float32)
+    if four_bit is not None:
+        model = round_weights(model, **four_bit)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     pairs = "tokens:preference" in context.inputs
     tokens = context.inputs["tokens:preference" if pairs else "tokens:feedback"]

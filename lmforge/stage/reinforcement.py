@@ -35,7 +35,7 @@ class Reinforcement(Tuning):
 
     def example_tokens(self, context_tokens: int) -> int:
         """The longest prompt: what an answer leaves of the sequence."""
-        return (self.seq_len or context_tokens) - self.max_new_tokens
+        return self.length(context_tokens) - self.max_new_tokens
 
     @property
     def updates(self) -> int:
@@ -71,7 +71,7 @@ class Ppo(Reinforcement):
     entropy_coef: Annotated[float, Key("weight of an entropy bonus", ge=0)]
     whiten_advantages: Annotated[bool, Key("bring a rollout's advantages to mean 0 and variance 1")]
     whiten_rewards: Annotated[bool, Key("bring a rollout's rewards to variance 1")]
-    value_init: Annotated[Literal["reward", "policy"] | None, Key("what the value model starts from; null = the reward model if that is the reward, else the policy")]
+    value_init: Annotated[Literal["reward", "policy"] | None, Key("what the value model starts from; null = the reward model if it is the reward, else the policy")]
 
     def takes(self) -> tuple[str, ...]:
         """The reward model too, where the value model starts from it."""
@@ -85,10 +85,14 @@ class Ppo(Reinforcement):
 
     def load(self, weights: Sequence[Weight]) -> Load:
         """Policy and value model trained; the starting policy and the reward model frozen."""
-        policy, whole = super().load(weights), scalar_head(weights)
-        value = (*self.adapter.trainable(weights), whole[-1]) if not self.adapter.trains_all else whole
-        reference = tuple(weights) if self.adapter.trains_all else whole  # with an adapter the reference is the policy with it off; the value's base is frozen
-        return Load((*policy.trained, *value), (*policy.frozen, *reference, *(whole if "reward_model" in self.reward.takes() else ())))
+        whole, adapted = scalar_head(weights), not self.adapter.trains_all
+        value = (*self.adapter.trainable(weights), whole[-1]) if adapted else whole
+        reference = () if adapted else tuple(weights)  # an adapter is switched off instead
+        return Load((*super().load(weights).trained, *value), (*reference, *(whole if "reward_model" in self.reward.takes() else ())))
+
+    def frozen_bytes(self, weights: Sequence[Weight]) -> int:
+        """The value model has a base of its own under its adapter."""
+        return self.adapter.frozen_bytes(scalar_head(weights), self.precision.param_bytes) + super().frozen_bytes(weights)
 
 
 @register("stage", "grpo")
@@ -97,6 +101,7 @@ class Grpo(Reinforcement):
 
     group_size: Annotated[int, Key("answers to each prompt", "answers", ge=2)]
     kl_coef: Annotated[float, Key("weight of the KL to the starting policy in the loss, by the k3 estimator (Schulman 2020)", ge=0)]
+    unbiased_kl: Annotated[bool, Key("multiply that KL by the probability ratio, so that its gradient has no bias (DeepSeek-V3.2; TRL's form)")]
     clip_low: Annotated[float, Key("how far the probability ratio may fall below 1", gt=0, lt=1)]
     clip_high: Annotated[float, Key("how far it may rise above 1; more than clip_low is clip-higher (DAPO, Yu et al. 2025)", gt=0)]
     scale_rewards: Annotated[Literal["group", "batch", "none"], Key("whose standard deviation advantages are divided by; none = Dr. GRPO (Liu et al. 2025)")]
@@ -116,7 +121,7 @@ class Grpo(Reinforcement):
         """The policy trained; the starting policy frozen where the loss needs it and no adapter can be switched off; the reward model frozen."""
         policy = super().load(weights)
         reference = tuple(weights) if self.kl_coef and self.adapter.trains_all else ()
-        return Load(policy.trained, (*policy.frozen, *reference, *(scalar_head(weights) if "reward_model" in self.reward.takes() else ())))
+        return Load(policy.trained, (*reference, *(scalar_head(weights) if "reward_model" in self.reward.takes() else ())))
 
     def check(self, where: str) -> Iterator[Problem]:
         """Clipping must leave room."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -27,7 +27,6 @@ from lmforge.training.rl.reference import Reference, adapter_off, frozen
 from lmforge.training.rl.rollouts import Rollouts, Sampling
 
 SHOWN = 16  # held-out answers in the last table
-T = TypeVar("T", PpoOptions, GrpoOptions)
 
 
 def train(stage: Reinforcement, context: Context) -> dict[str, Any]:
@@ -70,16 +69,20 @@ def _reference(stage: Reinforcement, context: Context, told: Recipe) -> Referenc
 def _parts(stage: Reinforcement, context: Context, practice: Practice, policy: Any, start: Reference) -> tuple[Objective, Any]:
     """The objective, and the module it trains."""
     if isinstance(stage, Ppo):
-        return PpoObjective(_options(PpoOptions, stage), practice, start), ActorCritic(policy, _critic(stage, context))
+        return PpoObjective(_ppo_options(stage), practice, start), ActorCritic(policy, _critic(stage, context))
     assert isinstance(stage, Grpo)
     reference = start if stage.kl_coef or not stage.adapter.trains_all else None  # no copy for a KL that counts nothing
-    return GrpoObjective(_options(GrpoOptions, stage, unbiased_kl=False), practice, reference), policy
+    return GrpoObjective(_grpo_options(stage), practice, reference), policy
 
 
-def _options(kind: type[T], stage: Reinforcement, **fixed: Any) -> T:
-    """The stage's keys that the objective reads, but for those fixed here."""
-    names = [field.name for field in dataclasses.fields(kind) if field.name not in fixed]
-    return kind(**{name: getattr(stage, name) for name in names}, **fixed)
+def _ppo_options(stage: Ppo) -> PpoOptions:
+    """The stage's keys that the loss reads."""
+    return PpoOptions(**{field.name: getattr(stage, field.name) for field in dataclasses.fields(PpoOptions)})
+
+
+def _grpo_options(stage: Grpo) -> GrpoOptions:
+    """The stage's keys that the loss reads."""
+    return GrpoOptions(**{field.name: getattr(stage, field.name) for field in dataclasses.fields(GrpoOptions)})
 
 
 def _critic(stage: Ppo, context: Context) -> Critic:

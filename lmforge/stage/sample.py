@@ -21,7 +21,6 @@ from lmforge.inference.generate import stop_ids
 from lmforge.stage.readback import Reader
 from lmforge.stage.sampling import Sample
 from lmforge.step import Context
-from lmforge.tokenizer.chat import Chat
 from lmforge.tokenizer.templates import Renderer
 
 SHOWN_PROMPTS = 8
@@ -91,13 +90,8 @@ def questions(tokens: Tokens, reader: Reader, count: int, folder: Path) -> tuple
 
 
 def stop_tokens(tokenizer: Any, model: Any, folder: Path) -> list[int]:
-    """What ends an answer: EOS, what the checkpoint names, and the token that the chat template writes after an assistant's turn."""
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    with Renderer(tokenizer) as renderer:
-        chat = Chat(tokenizer, renderer)
-        chat.many([(turns, "every")])
-    ends = tokenizer.convert_tokens_to_ids(sorted(chat.stops))
-    return sorted({*ends, *read_meta(folder)["stop_token_ids"], *stop_ids(model, tokenizer)})
+    """What ends an answer: what the tokens name (EOS, the template's end of a turn), and what the checkpoint does."""
+    return sorted({*read_meta(folder)["stop_token_ids"], *stop_ids(model, tokenizer)})
 
 
 def _fits(asked: Sequence[Question], new: int, room: int) -> None:

@@ -58,10 +58,7 @@ def starting_weights(stage: TrainingStage, context: Context) -> PreTrainedModel:
         return build.from_scratch(stage.model.config(), stage.seed)
     opened = build.scorer_from_folder if isinstance(stage, RewardModel) else build.from_folder
     model = opened(context.inputs["checkpoint"])
-    if isinstance(stage, Tuning) and not stage.adapter.trains_all:
-        torch.manual_seed(stage.seed)  # the adapter's first weights
-        return stage.adapter.attach(model)
-    return model
+    return stage.adapter.attach(model, stage.seed) if isinstance(stage, Tuning) else model
 
 
 def save(stage: TrainingStage, model: Any, tokenizer: Path, context: Context) -> None:

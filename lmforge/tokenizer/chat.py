@@ -48,6 +48,11 @@ class Chat:
             messages if isinstance(messages, BadRow) else self._result(messages, mode, next(texts)) for messages, (_, mode) in zip(clean, requests, strict=True)
         ]
 
+    def ends(self) -> set[str]:
+        """The tokens that end an assistant's turn: those met so far and that of the plainest conversation, since prompts alone show none."""
+        self._shape([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        return self.stops
+
     def _clean(self, messages: Any, mode: Mode) -> Messages | BadRow:
         if found := conversation.complaint(messages):
             return BadRow(found.reason)

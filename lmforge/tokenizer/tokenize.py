@@ -51,8 +51,9 @@ def write(folder: Path, tokenizer_folder: Path, out: Path, view: str, seq_len: i
             with tokens.SplitWriter(out, split, vocab_size, BESIDE.get(view, ())) as writer:
                 counts[split] = work.split(split, writer)
                 sizes[split], supervised[split] = writer.tokens, writer.supervised
+        ends = chat.ends() if chat else set()
     tokenizer.save_pretrained(out / "tokenizer")
-    stops = {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(sorted(chat.stops if chat else ()))}
+    stops = {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(sorted(ends))}
     meta: tokens.Meta = {
         "view": view,
         "seq_len": seq_len,
@@ -109,12 +110,13 @@ class _Work:
     report: Report
     done: int = 0
     first_bad: tuple[str, str] | None = None
-    prompts: set[bytes] = field(default_factory=set)
+    prompts: set[bytes] = field(default_factory=set)  # of this split, rendered
 
     def split(self, split: str, writer: tokens.SplitWriter) -> Count:
         """Write a split and count it; DataError where no row of it can be used, or the training split has none."""
         count = Count()
         self.first_bad = None
+        self.prompts.clear()
         tally = corpus.account(self.folder).views.get(self.source)
         total = tally.train + tally.heldout if tally else 0
         for rows in _batches(corpus.read(self.folder, self.source, split)):

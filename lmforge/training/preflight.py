@@ -36,6 +36,7 @@ def preflight(objective: Objective, model: Any, *, tokens: Path, checkpoint: Pat
         return {}
     meta = read_meta(tokens)
     if checkpoint is not None:
+        tokenizers.one_template(tokens, checkpoint, meta["view"])
         tokenizers.one_tokenizer(tokens, checkpoint, "the checkpoint")
     if "reward_model" in context.inputs:
         tokenizers.one_tokenizer(tokens, context.inputs["reward_model"], "the reward model")

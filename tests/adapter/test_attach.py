@@ -87,6 +87,9 @@ def test_a_seed_decides_the_first_weights_and_leaves_the_callers_random_state_al
     before = torch.get_rng_state()
     one, same, other = ([p.clone() for p in node.attach(tiny.model(tiny.FAMILIES[0]), seed=seed).parameters() if p.requires_grad] for seed in (1, 1, 2))
     assert torch.equal(before, torch.get_rng_state())
+    drawn = [p.clone() for p in node.attach(tiny.model(tiny.FAMILIES[0])).parameters() if p.requires_grad]
+    assert not torch.equal(before, torch.get_rng_state())
+    assert not all(torch.equal(a, b) for a, b in zip(one, drawn, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 

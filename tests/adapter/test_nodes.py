@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lmforge.adapter.nodes import no_four_bit
+from lmforge.adapter.low_rank import no_four_bit
 from lmforge.errors import ConfigError
 from lmforge.model.weights import weights
 from lmforge.optimizer.groups import decays, role

@@ -37,8 +37,8 @@ def test_a_verifiable_reward_needs_no_reward_model(plan_of: PlanOf, rows: Path) 
 
 def test_a_sum_needs_what_its_parts_need(plan_of: PlanOf, rows: Path) -> None:
     data = ("data=text", f"data.path={rows}", "eval=none")
+    parts = ("stage.grpo.reward=sum", "+reward@stage.grpo.reward.rewards.rm=model", "stage.grpo.reward.weights.rm=1")
     with pytest.raises(LmforgeError, match="reward_model"):
-        parts = ("stage.grpo.reward=sum", "+reward@stage.grpo.reward.rewards.rm=model", "stage.grpo.reward.weights.rm=1")
         plan_of("stage=[pretrain,sft,grpo]", *parts, *NANO, *data)
 
 

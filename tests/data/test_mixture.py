@@ -135,19 +135,24 @@ def test_the_yaml_composes_from_other_options(tmp_path: Path) -> None:
     assert (config.data.sources.code.type, config.data.sources.own.path, config.data.weights.own) == ("pystdlib", "x", 2)
 
 
-@pytest.mark.parametrize("view", ["chat", "preference"])
+@pytest.mark.parametrize("view", ["chat", "preference", "feedback", "prompt"])
 def test_a_prompt_that_one_source_holds_out_is_trained_on_from_none(
     view: str, tmp_path: Path, data: Make, plain: Callable[..., dict[str, Any]], run: Run
 ) -> None:
     """The same prompts with other answers in two sources that hold out different shares."""
     sources = {}
     for name, fraction in {"a": 0.5, "b": 0.1}.items():
-        answers = {"chat": {"completion": f"{name} says"}, "preference": {"chosen": f"{name} yes", "rejected": f"{name} no"}}[view]
+        answers = {
+            "chat": {"completion": f"{name} says"},
+            "preference": {"chosen": f"{name} yes", "rejected": f"{name} no"},
+            "feedback": {"completion": f"{name} says", "label": True},
+            "prompt": {"answer": name},
+        }[view]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"Q{index}"} | answers) + "\n" for index in range(60)))
         sources[name] = plain("text", path=str(tmp_path / f"{name}.jsonl"), heldout_fraction=fraction)
     out = run(data("mixture", sources=sources, weights={"a": 1, "b": 1}, max_epochs=1.0))
     prompts = {
-        split: {row["prompt"] if view == "preference" else row["messages"][0]["content"] for row in corpus.read(out, view, split)} for split in corpus.SPLITS
+        split: {row["messages"][0]["content"] if view == "chat" else row["prompt"] for row in corpus.read(out, view, split)} for split in corpus.SPLITS
     }
     assert len(prompts["heldout"]) > 20
     assert not prompts["heldout"] & prompts["train"]

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from lmforge.codec import decode, encode, keys
-from lmforge.data.nodes import VIEWS, Data
+from lmforge.data.nodes import Data
 from lmforge.formats import corpus
 from lmforge.registry import types
 
@@ -40,8 +40,11 @@ def test_nodes_round_trip_through_json(data: Callable[..., Data], plain: Callabl
     assert str(tmp_path) not in json.dumps(encode(mixture, identity=True))  # where it lies is not what it is
 
 
-def test_the_views_have_one_name() -> None:
-    assert VIEWS == corpus.VIEWS
+def test_what_a_view_can_be_made_of(data: Callable[..., Data]) -> None:
+    offers = {view: data("pystdlib").offers(view) for view in corpus.VIEWS}
+    assert offers == {"text": "text", "chat": "chat", "preference": "preference", "feedback": "preference", "prompt": "chat"}
+    assert [data("hf", view="feedback").offers(view) for view in corpus.VIEWS] == [None, None, None, "feedback", "feedback"]
+    assert [data("hf").offers(view) for view in corpus.VIEWS] == ["text", None, None, None, None]
 
 
 def test_planning_imports_nothing_heavy(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -174,3 +175,46 @@ def test_which_checkpoints_are_measured_and_what_is_refused() -> None:
     for change, where in (({"after": "first"}, "after"), ({"batch_tokens": 0}, "batch_tokens"), ({"max_pairs": -1}, "max_pairs")):
         with pytest.raises(ConfigError, match=where):
             decode(Eval, BASE | change, "eval")
+
+
+def test_under_a_soft_prompt_every_document_reads_it(checkpoint: Path, text_tokens: Path, tmp_path: Path) -> None:
+    """The oracle: the prompt and one piece of a document at a time, embedded side by side; packed rows would leave the prompt to the first."""
+    from lmforge.inference.merge import merge_folders
+    from lmforge.model import build
+    from tests.adapter import tiny
+
+    node = tiny.adapter("prompt_tuning", virtual_tokens=5)
+    node.save(tiny.learn(node.attach(build.from_folder(checkpoint).eval())), checkpoint, tmp_path / "adapter", checkpoint)
+    merge_folders(checkpoint, tmp_path / "adapter", tmp_path / "merged")
+    model, tokens = open_model(tmp_path / "merged"), Tokens(text_tokens, "heldout")
+    base, prompt = model.get_base_model(), model.get_prompt(batch_size=1)
+
+    class Prompted(torch.nn.Module):
+        def forward(self, ids: torch.Tensor) -> SimpleNamespace:
+            found = base(inputs_embeds=torch.cat([prompt, base.get_input_embeddings()(ids)], 1)).logits
+            return SimpleNamespace(logits=found[:, 5:])
+
+    flat = [one for many in plain_losses(Prompted(), tokens).values() for one in many]
+    for batch_tokens in (1, 100, 10_000):
+        found = perplexity(model, tokens, choose_rows(tokens, None), batch_tokens=batch_tokens, progress=silent)
+        assert found.tokens == len(flat)
+        assert found.nats_per_token == pytest.approx(np.mean(flat), rel=1e-5)
+    assert abs(perplexity(open_model(checkpoint), tokens, choose_rows(tokens, None), batch_tokens=100, progress=silent).nats_per_token - np.mean(flat)) > 0.01
+
+
+def test_a_document_that_does_not_fit_beside_a_prompt_goes_on_in_another_row(checkpoint: Path, text_tokens: Path, tmp_path: Path) -> None:
+    from lmforge.eval.perplexity import _rows_for
+    from lmforge.model import build
+    from tests.adapter import tiny
+
+    attached = tiny.adapter("prompt_tuning", virtual_tokens=108).attach(build.from_folder(checkpoint).eval())  # of a context of 128
+    tokens = Tokens(text_tokens, "heldout")
+    rows = choose_rows(tokens, None)
+    found, width = _rows_for(attached, rows, tokens)
+    assert width == 20
+    assert all(len(row) == 1 and 0 < row[0][1] - row[0][0] <= 20 for row in found)
+    assert [place for row in found for start, end in row for place in range(start, end)] == list(range(len(tokens.ids)))
+    assert (
+        perplexity(attached, tokens, rows, batch_tokens=100, progress=silent).tokens
+        == perplexity(open_model(checkpoint), tokens, rows, batch_tokens=100, progress=silent).tokens
+    )

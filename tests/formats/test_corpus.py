@@ -83,3 +83,24 @@ def test_an_edited_account_is_refused(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"kept": 3', '"kept": 2', 1))
     with pytest.raises(AssertionError, match="does not add up"):
         corpus.account(tmp_path / "corpus")
+
+
+def test_what_a_view_of_tokens_is_read_from() -> None:
+    assert corpus.source_view("text", ("chat",)) is None
+    assert corpus.source_view("chat", ("text", "chat")) == "chat"
+    assert corpus.source_view("feedback", ("chat", "preference")) == "preference"
+    assert corpus.source_view("feedback", ("feedback", "preference")) == "feedback"
+    assert corpus.source_view("prompt", ("feedback", "preference", "chat")) == "chat"
+    assert corpus.source_view("prompt", ("feedback",)) == "feedback"
+    assert corpus.source_view("prompt", ("text",)) is None
+
+
+def test_every_view_is_written_and_counted(tmp_path: Path) -> None:
+    with corpus.Writer(tmp_path / "corpus") as writer:
+        for view in reversed(corpus.VIEWS):
+            for total in (writer.account.rows, writer.account.view(view)):
+                total.entered += 1
+                total.kept += 1
+            writer.write(view, "train", {"source": view})
+    assert corpus.views(tmp_path / "corpus") == corpus.VIEWS
+    assert tuple(corpus.account(tmp_path / "corpus").plain()["views"]) == corpus.VIEWS

@@ -144,3 +144,61 @@ def test_damage_is_refused(tmp_path: Path, damage: Callable[[Path], None], where
         (tmp_path / "meta.json").write_text((tmp_path / "meta.json").read_text()[:-1])
         with pytest.raises(DataError, match="not readable JSON"):
             Tokens(tmp_path, "train")
+
+
+def beside(folder: Path, view: str, names: tuple[str, ...]) -> Path:
+    for split in ("train", "heldout"):
+        with SplitWriter(folder, split, 100, names) as writer:
+            for index in range(4 if split == "train" else 0):
+                writer.extend([[index, 9]], [[0, 1]])
+                if "labels" in names:
+                    writer.label(index % 2 == 0)
+                if "answers" in names:
+                    writer.answer(f"line\u2028{index}\n" if index else None)
+                if "margins" in names and index < 2:
+                    writer.margin((None, 0.25)[index])
+    write_meta(folder, meta(100, {"train": 8, "heldout": 0}) | {"view": view})  # type: ignore[arg-type]
+    return folder
+
+
+def test_labels_answers_and_margins_are_read_back(tmp_path: Path) -> None:
+    feedback = beside(tmp_path / "feedback", "feedback", ("labels",))
+    labels = Tokens(feedback, "train").labels
+    assert labels is not None
+    assert labels.tolist() == [1, 0, 1, 0]
+    empty = Tokens(feedback, "heldout").labels
+    assert empty is not None
+    assert empty.tolist() == []
+    prompts = beside(tmp_path / "prompt", "prompt", ("answers",))
+    assert Tokens(prompts, "train").answers == [None, "line\u20281\n", "line\u20282\n", "line\u20283\n"]
+    assert Tokens(prompts, "heldout").answers == []
+    pairs = beside(tmp_path / "pairs", "preference", ("margins",))
+    margins = Tokens(pairs, "train").margins
+    assert margins is not None
+    assert margins.tolist() == [0.0, 0.25]
+    assert Tokens(pairs, "heldout").margins is None
+    chats = Tokens(write(tmp_path / "chat"), "train")
+    assert (chats.labels, chats.margins, chats.answers) == (None, None, [])
+
+
+BESIDE = [("feedback", "labels", "labels.npy"), ("prompt", "answers", "answers.jsonl"), ("preference", "margins", "margins.npy")]
+
+
+@pytest.mark.parametrize(("view", "kind", "file"), BESIDE)
+def test_what_stands_beside_the_ids_has_their_length(tmp_path: Path, view: str, kind: str, file: str) -> None:
+    folder = beside(tmp_path / "tokens", view, (kind,))
+    path = folder / "train" / file
+    if file.endswith(".npy"):
+        np.save(path, np.load(path)[:-1])
+    else:
+        path.write_text("null\n")
+    with pytest.raises(DataError, match=file):
+        getattr(Tokens(folder, "train"), kind)
+
+
+@pytest.mark.parametrize(("view", "kind", "file"), BESIDE[:2])
+def test_what_belongs_beside_the_ids_is_missed(tmp_path: Path, view: str, kind: str, file: str) -> None:
+    folder = beside(tmp_path / "tokens", view, (kind,))
+    (folder / "train" / file).unlink()
+    with pytest.raises(DataError, match=rf"{file}: cannot be read"):
+        getattr(Tokens(folder, "train"), kind)

@@ -18,7 +18,11 @@ def model_of(kind: str) -> Any:
 
     torch.manual_seed(0)
     if kind == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=2, attn_pdrop=0.5, initializer_range=0.3, bos_token_id=0, eos_token_id=0))
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=2, attn_pdrop=0.5, initializer_range=0.3, bos_token_id=0, eos_token_id=0
+            )
+        )
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=64, initializer_range=0.3, **shape))
 

@@ -27,7 +27,7 @@ def write_corpus(folder: Path, rows: Rows) -> Path:
                 writer.account.rows.kept += 1
                 writer.account.view(view).entered += 1
                 writer.account.view(view).kept += 1
-                writer.write(view, split, {**row, "source": "test"})
+                writer.write(view, split, {"source": "test", **row})
     return folder
 
 

@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lmforge.errors import DataError
-from lmforge.formats.tokens import Tokens
+from lmforge.formats.tokens import Tokens, quarantined
 from lmforge.step import Report
 
 MARKERS = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|tool|>")
@@ -190,3 +190,135 @@ def test_a_split_without_a_usable_row_is_refused(kit: SimpleNamespace, bpe: Path
     with pytest.raises(DataError, match="no preference/train rows in this corpus; it offers: text"):
         kit.tokenize(none, bpe, tmp_path / "c", "preference")
     assert not list(tmp_path.glob("[abc]/*/*"))
+
+
+QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+LONG = [*QUESTION, {"role": "user", "content": "Double it."}]
+
+
+def prompt_of(tokenizer: Any, prompt: Any) -> list[int]:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return ids
+
+
+def opened(folder: Path, split: str = "train") -> tuple[Tokens, Any]:
+    return Tokens(folder, split), AutoTokenizer.from_pretrained(str(folder / "tokenizer"))
+
+
+def test_a_pair_after_several_turns_learns_the_last_answer_only(kit: SimpleNamespace, bpe: Path, tmp_path: Path) -> None:
+    pairs = [{"prompt": LONG, "chosen": "yes", "rejected": "no", "margin": 1.5}, {"prompt": "q", "chosen": "a", "rejected": "b"}]
+    folder = kit.write_corpus(tmp_path / "corpus", {("preference", "train"): pairs, ("preference", "heldout"): pairs[1:]})
+    kit.tokenize(folder, bpe, tmp_path / "tokens", "preference")
+    tokens, tokenizer = opened(tmp_path / "tokens")
+    for index, text in enumerate(("yes", "no")):
+        ids, mask = tokens.example(index)
+        assert ids[mask == 0].tolist() == prompt_of(tokenizer, LONG)
+        assert tokenizer.decode(ids[mask == 1]) == f"{text}<|end|>"
+    assert tokens.margins is not None
+    assert tokens.margins.dtype == np.float32
+    assert tokens.margins.tolist() == [1.5, 0.0]
+    assert (tokens.labels, tokens.answers) == (None, [])
+    assert Tokens(tmp_path / "tokens", "heldout").margins is None
+    assert not (tmp_path / "tokens/heldout/margins.npy").exists()
+
+
+def test_feedback_has_a_label_for_each_example(kit: SimpleNamespace, bpe: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": LONG, "completion": "yes", "label": True}, {"prompt": "q " * 90, "completion": "a", "label": True}]
+    rows += [{"prompt": "q", "completion": "no", "label": False}]
+    folder = kit.write_corpus(tmp_path / "corpus", {("feedback", "train"): rows, ("feedback", "heldout"): []})
+    meta = kit.tokenize(folder, bpe, tmp_path / "tokens", "feedback", seq_len=64)
+    tokens, tokenizer = opened(tmp_path / "tokens")
+    assert tokens.labels is not None
+    assert tokens.labels.dtype == np.uint8
+    assert tokens.labels.tolist() == [1, 0]
+    assert [tokenizer.decode(ids[mask == 1]) for ids, mask in map(tokens.example, range(2))] == ["yes<|end|>", "no<|end|>"]
+    ids, mask = tokens.example(0)
+    assert ids[mask == 0].tolist() == prompt_of(tokenizer, LONG)
+    assert meta["dropped"] == {"the prompt alone fills seq_len": 1}
+    assert adds_up(meta)
+
+
+def test_feedback_made_of_pairs_wants_the_chosen_and_not_the_rejected(kit: SimpleNamespace, small_corpus: Path, bpe: Path, tmp_path: Path) -> None:
+    meta = kit.tokenize(small_corpus, bpe, tmp_path / "tokens", "feedback")
+    kit.tokenize(small_corpus, bpe, tmp_path / "pairs", "preference")
+    for split in ("train", "heldout"):
+        feedback, pairs = Tokens(tmp_path / "tokens", split), Tokens(tmp_path / "pairs", split)
+        assert feedback.ids.tolist() == pairs.ids.tolist()
+        assert feedback.mask.tolist() == pairs.mask.tolist()
+        assert feedback.labels is not None
+        assert feedback.labels.tolist() == [1, 0] * (len(pairs) // 2)
+    assert meta["rows"] == {"train": 4, "heldout": 2}
+    assert adds_up(meta)
+
+
+def test_prompts_are_rendered_for_generation_once_each_and_whole(kit: SimpleNamespace, bpe: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "answer": "naïve"}, {"prompt": LONG, "answer": None}, {"prompt": "q", "answer": "again"}, {"prompt": "q " * 90, "answer": "x"}]
+    rows = [one | {"source": f"file.jsonl:{line}"} for line, one in enumerate(rows, 1)]
+    folder = kit.write_corpus(tmp_path / "corpus", {("prompt", "train"): rows, ("prompt", "heldout"): [{"prompt": "r", "answer": None}]})
+    meta = kit.tokenize(folder, bpe, tmp_path / "tokens", "prompt", seq_len=64)
+    tokens, tokenizer = opened(tmp_path / "tokens")
+    assert [tokens.example(index)[0].tolist() for index in range(len(tokens))] == [prompt_of(tokenizer, "q"), prompt_of(tokenizer, LONG)]
+    assert not tokens.mask.any()
+    assert tokens.answers == ["naïve", None]
+    assert Tokens(tmp_path / "tokens", "heldout").answers == [None]
+    assert meta["dropped"] == {"duplicate prompt": 1, "the prompt is longer than seq_len": 1}
+    assert list(quarantined(tmp_path / "tokens")) == [
+        {"source": "file.jsonl:3", "reason": "duplicate prompt"},
+        {"source": "file.jsonl:4", "reason": "the prompt is longer than seq_len"},
+    ]
+    assert adds_up(meta)
+    exact = len(prompt_of(tokenizer, "q"))
+    assert kit.tokenize(folder, bpe, tmp_path / "exact", "prompt", seq_len=exact)["rows"] == {"train": 1, "heldout": 1}
+
+
+def test_prompts_made_of_chats_pairs_and_feedback(kit: SimpleNamespace, small_corpus: Path, bpe: Path, tmp_path: Path) -> None:
+    kit.tokenize(small_corpus, bpe, tmp_path / "chats", "prompt")  # the chats come before the pairs
+    tokens, tokenizer = opened(tmp_path / "chats")
+    assert tokens.answers == [row["messages"][-1]["content"] for row in kit.chats]
+    assert [tokens.example(index)[0].tolist() for index in range(len(tokens))] == [prompt_of(tokenizer, row["messages"][:-1]) for row in kit.chats]
+    feedback = [{"prompt": "q", "completion": "good", "label": True}, {"prompt": "r", "completion": "bad", "label": False}]
+    for view, rows, answers in (("preference", kit.pairs, ["return 2 * value", "values"]), ("feedback", feedback, ["good", None])):
+        folder = kit.write_corpus(tmp_path / f"corpus_{view}", {(view, "train"): rows, (view, "heldout"): []})
+        kit.tokenize(folder, bpe, tmp_path / view, "prompt")
+        tokens, tokenizer = opened(tmp_path / view)
+        assert tokens.answers == answers
+        assert tokens.example(1)[0].tolist() == prompt_of(tokenizer, rows[1]["prompt"])
+
+
+def test_a_prompt_of_the_prompt_view_is_the_prompt_of_the_chat(kit: SimpleNamespace, small_corpus: Path, bpe: Path, tmp_path: Path) -> None:
+    """One template text, and one tokenization of it, from SFT to generation."""
+    kit.tokenize(small_corpus, bpe, tmp_path / "chat", "chat", seq_len=400)
+    kit.tokenize(small_corpus, bpe, tmp_path / "prompt", "prompt", seq_len=400)
+    chats, prompts = Tokens(tmp_path / "chat", "train"), Tokens(tmp_path / "prompt", "train")
+    for index in range(len(prompts)):
+        prompt = prompts.example(index)[0].tolist()
+        assert chats.example(index)[0][: len(prompt)].tolist() == prompt
+
+
+BAD_CHATS = [
+    ([], "no messages"),
+    ([{"role": "user", "content": "q"}, {"role": "user", "content": "q"}], "two user turns in a row"),
+    ([{"role": "user", "content": "say <|end|>"}, {"role": "assistant", "content": "a"}], "a content holds a special token"),
+    ([{"role": "user", "content": "q"}], "no assistant turn"),
+]
+
+
+def test_every_dropped_row_is_in_quarantine_by_file_and_line(kit: SimpleNamespace, bpe: Path, tmp_path: Path) -> None:
+    rows = [{"messages": messages, "source": f"file.jsonl:{line}"} for line, (messages, _) in enumerate(BAD_CHATS, 1)]
+    folder = kit.write_corpus(tmp_path / "corpus", {("chat", "train"): [*rows, kit.chats[0]], ("chat", "heldout"): []})
+    meta = kit.tokenize(folder, bpe, tmp_path / "tokens", "chat")
+    expected = [{"source": f"file.jsonl:{line}", "reason": reason} for line, (_, reason) in enumerate(BAD_CHATS, 1)]
+    assert list(quarantined(tmp_path / "tokens")) == expected
+    assert meta["dropped"] == {reason: 1 for _, reason in BAD_CHATS}
+    bad = kit.write_corpus(tmp_path / "bad", {("chat", "train"): rows})
+    with pytest.raises(DataError) as caught:
+        kit.tokenize(bad, bpe, tmp_path / "none", "chat")
+    assert str(caught.value) == "data error: file.jsonl:1: no messages; every one of the 4 train rows is bad for the chat view, and this is the first"
+    assert [path for path in (tmp_path / "none").rglob("*") if path.is_file()] == []
+
+
+def test_a_view_that_can_be_made_of_nothing_there(kit: SimpleNamespace, bpe: Path, tmp_path: Path) -> None:
+    folder = kit.write_corpus(tmp_path / "corpus", {("text", "train"): kit.texts(0, 2)})
+    with pytest.raises(DataError, match="no prompt/train rows in this corpus; it offers: text; prompt can also be made of: chat, preference, feedback"):
+        kit.tokenize(folder, bpe, tmp_path / "tokens", "prompt")

@@ -201,7 +201,10 @@ def test_grpo_equals_trl_in_value_and_gradient(loss_type: Any, beta: float, unbi
 def own_loss(model: Any, batch: dict[str, Any], loss_type: Any, kl: dict[str, Any]) -> tuple[torch.Tensor, float]:
     """(loss, clip fraction) by our layout, padded on the right and flat, of TRL's batch."""
     mask, starts = batch["completion_mask"].float(), batch["prompt_mask"].sum(1)
-    rows = [torch.cat([prompt[seen.bool()], answer]) for prompt, seen, answer in zip(*(batch[name] for name in ("prompt_ids", "prompt_mask", "completion_ids")), strict=True)]
+    rows = [
+        torch.cat([prompt[seen.bool()], answer])
+        for prompt, seen, answer in zip(*(batch[name] for name in ("prompt_ids", "prompt_mask", "completion_ids")), strict=True)
+    ]
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     none = torch.zeros(6)
     rollout = Rollout(none.long(), input_ids, starts, mask.sum(1).long(), none.long(), none, {})

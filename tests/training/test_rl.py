@@ -81,6 +81,17 @@ def test_the_gradient_does_not_depend_on_accumulation(kind: str, micro: int, pro
         assert parts[name] == pytest.approx(whole[name], rel=1e-5, abs=1e-6), name
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputed_activations_change_nothing(kind: str, prompts: Path, tmp_path: Path) -> None:
+    """In the policy and in the critic; and rollouts keep their cache."""
+    recipe = {"steps": 1, "optimizer": constant(1.0), "log_every": 1}
+    _, weights = tiny_rl.train(kind, tmp_path / "plain", prompts, recipe=recipe)
+    lowered = {**recipe, "parallel": tiny_run.parallel(activation_checkpointing="full")}
+    _, others = tiny_rl.train(kind, tmp_path / "full", prompts, recipe=lowered)
+    for name, value in weights.items():
+        torch.testing.assert_close(others[name], value, rtol=0, atol=1e-6)
+
+
 def test_killed_in_a_rollout_and_run_again_ends_in_the_same_weights(prompts: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, str(SCRIPT), "killed", str(tmp_path), str(prompts)], check=True, timeout=300, env=ENVIRONMENT, capture_output=True)
     for kind in KINDS:
@@ -105,6 +116,7 @@ def test_two_ranks_equal_one(prompts: Path, tmp_path: Path) -> None:
             for name in (EACH_ROLLOUT | EACH_STEP) & one.keys():
                 assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
         assert theirs["tables"] == json.loads(json.dumps(report.tables))  # the same answers were drawn
+        assert theirs["heldout"] == pytest.approx(tiny_rl.heldout(prompts), rel=1e-5)
         for name, value in load_file(tmp_path / kind / "final.safetensors").items():
             torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-5)
 
@@ -118,7 +130,7 @@ def test_which_answers_a_step_trains_on() -> None:
         assert all(len(set(group.tolist())) == 1 for group in prompts.view(2, 6))
         for epoch in range(2):
             parts = [schedule.minibatch(6 * rollout + 3 * epoch + part).tolist() for part in range(3)]
-            assert sorted(sum(parts, [])) == list(range(12))  # every answer once an epoch
+            assert sorted(one for part in parts for one in part) == list(range(12))  # every answer once an epoch
     assert schedule.minibatch(0).tolist() != schedule.minibatch(3).tolist()  # in an order of its own
     seen = torch.cat([Schedule(rows=4, epochs=1, minibatches=1, group_size=2, seed=1).prompts(step, 10) for step in range(5)])
     assert sorted(seen.tolist()) == sorted(2 * list(range(10)))  # every prompt once before one comes again

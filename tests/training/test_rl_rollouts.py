@@ -90,7 +90,9 @@ def sizes(episodes: Episodes) -> list[float]:
 def prepared(kind: str, prompts: Path, **changes: Any) -> tuple[Any, Any, Any]:
     """(objective, model, the first step's batch), with answers of uneven length and after one that moved the policy."""
     policy = likely_to_end(tiny_run.tiny_llama())
-    objective, model = tiny_rl.parts(kind, prompts, policy=policy, scorer=Checked("reward=size", sizes), max_new_tokens=9, temperature=TEMPERATURE, missing_eos_penalty=0.4, **changes)
+    objective, model = tiny_rl.parts(
+        kind, prompts, policy=policy, scorer=Checked("reward=size", sizes), max_new_tokens=9, temperature=TEMPERATURE, missing_eos_penalty=0.4, **changes
+    )
     rows = objective.practice.schedule.rows
     data = StepData(objective, objective.dataset("train"), rows_per_step=rows, micro_batch_size=3, seed=0, rank=0, world=1)
     with torch.no_grad():

@@ -131,6 +131,16 @@ def train(
     return metrics, load_file(folder / "final.safetensors")
 
 
+def heldout(tokens: Path) -> dict[str, float]:
+    """The figures of a policy beside another one, on a number of prompts that does not divide over two ranks."""
+    from lmforge.training.rl.heldout import compare
+    from lmforge.training.rl.reference import frozen
+    from lmforge.training.rl.rollouts import Rollouts, Sampling
+
+    rollouts = Rollouts(tokens, "heldout", Checked("reward=share", share), Sampling(6, 1.0))
+    return compare(tiny_run.tiny_llama(layers=1), frozen(tiny_run.tiny_llama(layers=2)), rollouts, 7, seed=2)[0]
+
+
 def killed(kind: str, folder: Path, tokens: Path) -> None:
     """Run until step 6's metrics are logged, in the middle of the second rollout, a state saved after every step before, and die there by SIGKILL."""
     train(kind, folder, tokens, report=Tables(6, lambda: os.kill(os.getpid(), signal.SIGKILL)), recipe={"save_every_s": 0.0, "log_every": 1})
@@ -147,8 +157,9 @@ def main(job: str, folder: Path, tokens: Path) -> None:
         if job == "ddp":
             report = Tables()
             train(kind, folder / kind, tokens, devices=2, micro=2, report=report, recipe={"optimizer": tiny_run.adamw(eps=1e-5)}, sample_every=4)
+            found = heldout(tokens)
             if os.environ["RANK"] == "0":
-                (folder / f"{kind}.json").write_text(json.dumps({"logged": report.logged, "tables": report.tables}))
+                (folder / f"{kind}.json").write_text(json.dumps({"logged": report.logged, "tables": report.tables, "heldout": found}))
             else:
                 assert not report.logged
                 assert not report.tables

@@ -131,5 +131,3 @@ def _joined(prompts: Sequence[Sequence[int]], starts: Tensor, answers: Tensor, l
 def seed_of(*parts: object) -> int:
     """A seed for what is drawn at a place, such as (seed, "rollout", 12): the same in every process."""
     return int.from_bytes(hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest(), "big") % 2**63
-
-

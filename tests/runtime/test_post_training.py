@@ -1,0 +1,124 @@
+"""Post-training as a user types it, whole: every road runs on real rows, and what one stage makes the next one takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.runtime.conftest import SMALL, Run
+
+TRAINED = ("pretrain", "sft", "reward", "ppo", "grpo", "dpo", "ipo", "hinge", "kto", "orpo", "simpo")
+TINY = """# @package _global_
+# Two steps of every stage.
+stage:
+{stages}
+  ppo: {{max_new_tokens: 12, epochs: 2, minibatches: 2, eval_prompts: 8, sample_every: 1, budget: {{steps: 5}}, log_every: 1, optimizer: {batch}}}
+  grpo: {{max_new_tokens: 12, group_size: 4, minibatches: 2, eval_prompts: 8, budget: {{steps: 3}}, log_every: 1, optimizer: {batch}}}
+  sample: {{prompts: 6, answers: 3, max_new_tokens: 8}}
+"""
+BATCH = "{global_batch_tokens: 512, lr: 1e-3}"
+ROW = "  {name}: {{budget: {{steps: 2}}, log_every: 1, optimizer: {batch}}}"
+
+
+@pytest.fixture(scope="module")
+def ran(lmforge: Run, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, ...]]:
+    """A folder in which every pipeline ran in one multirun, and the words they share."""
+    cwd = tmp_path_factory.mktemp("roads")
+    (cwd / "conf/experiment").mkdir(parents=True)
+    rows = "\n".join(ROW.format(name=name, batch=BATCH) for name in TRAINED if name not in ("ppo", "grpo"))
+    (cwd / "conf/experiment/tiny.yaml").write_text(TINY.format(stages=rows, batch=BATCH))
+    common = ("--config-dir", "conf", "experiment=tiny", "data=text", f"data.path={corpus}", *SMALL, "track=none")
+    roads = ["[pretrain,sft,reward,ppo]", "[pretrain,sft,grpo]", "[pretrain,sft,sample]", *(f"[pretrain,{name}]" for name in TRAINED[6:])]
+    lmforge("-m", *common, "stage=" + ",".join(roads), "eval=none", cwd=cwd)
+    return cwd, common
+
+
+def step(cwd: Path, name: str) -> Path:
+    found = [folder for folder in (cwd / "outputs/steps").glob(f"{name}-*") if (folder / "step.json").is_file()]
+    assert len(found) == 1, name
+    return found[0]
+
+
+def metrics(cwd: Path, name: str) -> dict[str, Any]:
+    return json.loads((step(cwd, name) / "step.json").read_text())["metrics"]
+
+
+def lines(cwd: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (step(cwd, name) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_pretraining_and_sft_ran_once_for_all_roads(ran: tuple[Path, tuple[str, ...]]) -> None:
+    cwd, _ = ran
+    for name in (*TRAINED[:5], *TRAINED[6:], "sample", "kto.feedback_reference", "ipo.reference"):
+        assert step(cwd, name)
+
+
+def test_a_reward_model_opens_in_transformers_and_says_how_it_orders_held_out_pairs(ran: tuple[Path, tuple[str, ...]]) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    cwd, _ = ran
+    found = metrics(cwd, "reward")
+    assert 0 <= found["heldout_accuracy"] <= 1
+    assert found["heldout_pairs"] > 5
+    folder = step(cwd, "reward") / "reward_model"
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tokenize=False)
+    assert model(torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])).logits.shape == (1, 1)
+
+
+def test_rl_logs_what_people_look_for_and_compares_held_out_rewards(ran: tuple[Path, tuple[str, ...]]) -> None:
+    cwd, _ = ran
+    wanted = {"reward/mean", "reward/std", "kl", "entropy", "clip_fraction", "response_length", "ended"}
+    assert wanted | {"value/explained_variance", "value/loss", "kl_coef"} <= lines(cwd, "ppo")[-1].keys()
+    assert wanted <= lines(cwd, "grpo")[-1].keys()
+    for name in ("ppo", "grpo"):
+        found = metrics(cwd, name)
+        assert found["heldout_reward_gain"] == pytest.approx(found["heldout_reward"] - found["heldout_reward_start"], abs=1e-6)
+        assert found["heldout_kl_per_token"] >= 0
+    tables = [json.loads(line) for line in (step(cwd, "ppo") / "samples.jsonl").read_text().splitlines()]
+    assert any("reward" in table["columns"] if "columns" in table else "reward" in json.dumps(table) for table in tables)
+
+
+def test_preference_losses_start_where_policy_and_reference_are_one(ran: tuple[Path, tuple[str, ...]]) -> None:
+    """At the first step log-ratios are 0, so each loss has its closed form."""
+    cwd, _ = ran
+    first = {name: lines(cwd, name)[0] for name in ("ipo", "hinge", "kto")}
+    assert first["ipo"]["loss"] == pytest.approx((0 - 1 / (2 * 0.1)) ** 2, rel=1e-3)
+    assert first["hinge"]["loss"] == pytest.approx(1.0, abs=1e-3)
+    assert first["kto"]["loss"] == pytest.approx(0.5, abs=1e-3)
+    assert lines(cwd, "orpo")[0]["loss"] > 1  # cross entropy and the odds ratio: nothing cancels
+
+
+def test_an_adapter_is_an_artifact_and_its_merge_a_plain_checkpoint(ran: tuple[Path, tuple[str, ...]], lmforge: Run, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    cwd, common = ran
+    lmforge(*common, "stage=[pretrain,dpo]", "adapter=lora", "adapter.r=2", "eval=perplexity", "eval.max_tokens=500", "eval.max_pairs=8", cwd=cwd)
+    base, adapter = step(cwd, "pretrain") / "checkpoint", step(cwd, "dpo") / "adapter"
+    assert sum(value.numel() for value in load_file(adapter / "adapter_model.safetensors").values()) == json.loads(
+        (step(cwd, "dpo") / "step.json").read_text()
+    )["predicted"]["params_trainable"]
+    ids = torch.arange(3, 40)[None]
+    unmerged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    merged = AutoModelForCausalLM.from_pretrained(step(cwd, "dpo.merge") / "checkpoint")
+    with torch.no_grad():
+        assert torch.allclose(unmerged(ids).logits, merged(ids).logits, atol=1e-5)
+    printed = lmforge("merge", str(adapter), str(tmp_path / "merged"), "--base", str(base), cwd=cwd).stdout
+    assert "merged" in printed
+    first = lmforge("generate", str(base), "import", "--adapter", str(adapter), "--max-new-tokens", "4", cwd=cwd).stdout
+    assert first == lmforge("generate", str(tmp_path / "merged"), "import", "--max-new-tokens", "4", cwd=cwd).stdout
+
+
+def test_ranked_samples_are_preference_data(ran: tuple[Path, tuple[str, ...]], lmforge: Run) -> None:
+    cwd, _ = ran
+    name = step(cwd, "sample").name
+    lmforge("rank", name, "--by", "length", "--export", "mine.jsonl", cwd=cwd)
+    rows = [json.loads(line) for line in (cwd / "mine.jsonl").read_text().splitlines()]
+    assert rows
+    assert {"prompt", "chosen", "rejected"} <= rows[0].keys()
