@@ -16,6 +16,7 @@ from lmforge.errors import ConfigError
 
 STEP_FILE = "step.json"  # written last: a folder that has it is a finished step
 RUN_FILE = "run.json"
+ADAPTER_FILE = "adapter_config.json"  # what makes a folder a PEFT adapter
 HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@(?P<commit>[0-9a-f]{40}))?")
 DIGEST = re.compile(r"[0-9a-f]{4,64}")
 
@@ -109,6 +110,8 @@ def checkpoint_of(reference: str, output: str | Path) -> str:
     path = Path(reference)
     if path.is_dir() and (path / "config.json").is_file():
         return str(path)
+    if (path / ADAPTER_FILE).is_file():
+        raise ConfigError(reference, "is an adapter, not weights", f"type: lmforge merge {reference} <folder for the weights>, and give that folder")
     if path.exists() and not any((path / file).is_file() for file in (RUN_FILE, STEP_FILE)):
         raise ConfigError(reference, "not a checkpoint folder: it has no config.json", "give a Hugging Face folder, a run, or a hub id")
     if _means_hub(reference, output):
@@ -116,7 +119,7 @@ def checkpoint_of(reference: str, output: str | Path) -> str:
     folder = find(reference, output, also="a hub id reads org/name, or org/name@<commit> with all its 40 hex digits")
     if (folder / RUN_FILE).is_file():
         folder = _last_trained(folder, reference)
-    if (folder / "adapter" / "adapter_config.json").is_file():
+    if (folder / "adapter" / ADAPTER_FILE).is_file():
         raise ConfigError(reference, "made an adapter, not weights", f"type: lmforge merge {folder} <folder for the weights>, and give that folder")
     if not (folder / "checkpoint" / "config.json").is_file():
         raise ConfigError(reference, "this step made no checkpoint", "give a training step or a folder of weights")
@@ -127,7 +130,7 @@ def _last_trained(run: Path, reference: str) -> Path:
     """The last step of a run that made weights or an adapter, quantization aside."""
     names: list[str] = read_json(run / RUN_FILE)["steps"]
     made = [run.parent.parent / "steps" / name for name in names if not name.startswith("quantize")]
-    made = [step for step in made if any((step / file).is_file() for file in ("checkpoint/config.json", "adapter/adapter_config.json"))]
+    made = [step for step in made if any((step / file).is_file() for file in ("checkpoint/config.json", f"adapter/{ADAPTER_FILE}"))]
     if not made:
         raise ConfigError(reference, "this run made no checkpoint", "give a step or a folder of weights")
     return made[-1]

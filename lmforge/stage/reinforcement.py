@@ -71,7 +71,7 @@ class Ppo(Reinforcement):
     entropy_coef: Annotated[float, Key("weight of an entropy bonus", ge=0)]
     whiten_advantages: Annotated[bool, Key("bring a rollout's advantages to mean 0 and variance 1")]
     whiten_rewards: Annotated[bool, Key("bring a rollout's rewards to variance 1")]
-    value_init: Annotated[Literal["reward", "policy"] | None, Key("what the value model starts from; null = the reward model if it is the reward, else the policy")]
+    value_init: Annotated[Literal["reward", "policy"] | None, Key("what the value model starts from; null = a trained reward, else the policy")]
 
     def takes(self) -> tuple[str, ...]:
         """The reward model too, where the value model starts from it."""

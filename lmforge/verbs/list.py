@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import types as pytypes
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -77,6 +78,9 @@ def tree(catalog: Catalog, group: str, option: str) -> dict[str, Any]:
             for inner, chosen in entry.items():
                 if f"{group}/{inner}" in catalog.options and isinstance(chosen, str):
                     values = merge(values, {inner: tree(catalog, f"{group}/{inner}", chosen)})
+                other, _, package = inner.removeprefix("/").partition("@")  # an option of another group, as in stage/ppo.yaml
+                if inner.startswith("/") and other in catalog.options and isinstance(chosen, str):
+                    values = merge(values, {package: tree(catalog, other, chosen)})
     return merge(values, own)
 
 
@@ -136,5 +140,7 @@ def type_name(hint: Any) -> str:
     """A type as a person writes it: int | null, text, one of a, b."""
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) in (typing.Union, pytypes.UnionType):
+        return " | ".join("null" if arm is type(None) else type_name(arm) for arm in typing.get_args(hint))
     text = str(hint) if typing.get_origin(hint) else getattr(hint, "__name__", str(hint))
     return re.sub(r"(\w+\.)+", "", text.replace("None", "null").replace("NoneType", "null")).replace("str", "text")

@@ -34,7 +34,7 @@ def ran(lmforge: Run, corpus: Path, tmp_path_factory: pytest.TempPathFactory) ->
     (cwd / "conf/experiment/tiny.yaml").write_text(TINY.format(stages=rows, batch=BATCH))
     common = ("--config-dir", "conf", "experiment=tiny", "data=text", f"data.path={corpus}", *SMALL, "track=none")
     roads = ["[pretrain,sft,reward,ppo]", "[pretrain,sft,grpo]", "[pretrain,sft,sample]", *(f"[pretrain,{name}]" for name in TRAINED[6:])]
-    lmforge("-m", *common, "stage=" + ",".join(roads), "eval=none", cwd=cwd)
+    (cwd / "printed.txt").write_text(lmforge("-m", *common, "stage=" + ",".join(roads), "eval=none", cwd=cwd).stdout)
     return cwd, common
 
 
@@ -82,6 +82,16 @@ def test_rl_logs_what_people_look_for_and_compares_held_out_rewards(ran: tuple[P
         assert found["heldout_kl_per_token"] >= 0
     tables = [json.loads(line) for line in (step(cwd, "ppo") / "samples.jsonl").read_text().splitlines()]
     assert any("reward" in table["columns"] if "columns" in table else "reward" in json.dumps(table) for table in tables)
+
+
+def test_the_summary_says_what_was_learned_and_what_to_type_next(ran: tuple[Path, tuple[str, ...]]) -> None:
+    cwd, _ = ran
+    printed = (cwd / "printed.txt").read_text()
+    pairs, sample = metrics(cwd, "reward")["heldout_pairs"], step(cwd, "sample").name
+    assert f"of {pairs} held-out pairs in the right order" in printed
+    for name in ("ppo", "grpo"):
+        assert f"{name} moves the held-out reward {metrics(cwd, name)['heldout_reward_start']:.4g}" in printed
+    assert f"python -m lmforge rank {sample}" in printed
 
 
 def test_preference_losses_start_where_policy_and_reference_are_one(ran: tuple[Path, tuple[str, ...]]) -> None:
