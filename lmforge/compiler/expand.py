@@ -82,6 +82,7 @@ class _Expansion:
         if source is None:
             return
         self.evaluated += 1  # an untrained or a bigram model says nothing beside weights from elsewhere
+        self.scope.pop("adapter", None)  # of an earlier stage, whose weights these replace
         self.scope["checkpoint"] = self.add("weights", FetchWeights.of(source, revision, self.cache, self.config), ())
         self.scope["tokenizer"] = dataclasses.replace(self.scope["checkpoint"], kind="tokenizer")
         if self.experiment.eval.measures(last=False):

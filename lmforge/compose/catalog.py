@@ -51,6 +51,12 @@ class Catalog:
         return {file.relative_to(folder).parts[0] for folder in self.folders if folder != self.user for file in folder.rglob("*/*.yaml")}
 
     @functools.cached_property
+    def root_groups(self) -> set[str]:
+        """The groups that the root chooses an option of; the others, such as `reward`, are parts of a stage."""
+        entries = OmegaConf.to_container(OmegaConf.load(_own("conf") / "config.yaml"), resolve=False)["defaults"]  # type: ignore[index, call-overload]
+        return {str(key).removeprefix("optional ") for entry in entries if isinstance(entry, dict) for key in entry}  # type: ignore[union-attr]
+
+    @functools.cached_property
     def options(self) -> dict[str, dict[str, Path]]:
         """Group (`optimizer`, `optimizer/schedule`) -> option -> file."""
         found: dict[str, dict[str, Path]] = {}

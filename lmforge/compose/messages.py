@@ -18,6 +18,7 @@ KNOWN: tuple[tuple[str, Make], ...] = (
     (r"Could not delete from config\. '(\S+)' does not exist", lambda m: Problem(m[1], "there is no such key to delete", SEE)),
     (r"Could not delete '(\S+)'", lambda m: Problem(m[1], "cannot be deleted", "choose an option instead")),
     (r"Could not override '([^'@]+)@", lambda m: Problem(m[1], "'@' names no place in the config", f"type {m[1]}=..., or stage.<name>.{m[1]}=...")),
+    (r"Could not override 'reward'", lambda m: Problem("reward", "each stage has a reward of its own", "type stage.ppo.reward=... or stage.grpo.reward=...")),
     (r"Could not (?:override|append to) '([^']+)'", lambda m: Problem(m[1], "unknown key", SEE)),
     (r"In '(\S+)': Could not (?:find|load) '(\S+)'", lambda m: Problem(m[1], f"there is no option '{m[2]}'", SEE)),
     (r"Error merging override \+*([^=\s]+)=(\S*)", lambda m: Problem(m[1], f"{m[2]!r} is not valid", SEE)),

@@ -82,6 +82,9 @@ def _one(text: str, override: Override, catalog: Catalog, texts: list[str], prob
     if not key:
         problems.append(Problem(text, "names no key", "write key=value"))
         return Typed(key, text, False)
+    if path.split("/")[0] in catalog.groups - catalog.root_groups:
+        problems.append(Problem(key, "is a key of a stage, not of the root", f"type stage.<name>.{text.lstrip('+')}"))
+        return Typed(key, text, False)
     if key.endswith(".type"):
         problems.append(Problem(key, "an option brings its own keys, a type does not", f"type {key.removesuffix('.type')}=<option>"))
     if path.split("/")[0] in catalog.groups and path in catalog.options and not isinstance(override.value(), dict):

@@ -15,28 +15,34 @@ Row = dict[str, Any]
 ANSWERS = ("answer", "solution", "ground_truth")  # names of a prompt's reference answer
 
 
+def fields(value: Any) -> Mapping[str, Any]:
+    """A row as its fields; BadRow where it is no object."""
+    if not isinstance(value, Mapping):
+        raise BadRow("wrong_type", f"expected an object, got {type(value).__name__}")
+    return value
+
+
 def view_of(value: Mapping[str, Any], text_field: str) -> str:
     """The view that a row's fields speak of; BadRow where they say nothing."""
-    fields = value.keys()
-    if {"chosen", "rejected"} <= fields:
+    names = value.keys()
+    if {"chosen", "rejected"} <= names:
         return "preference"
-    if {"prompt", "completion", "label"} <= fields:
+    if {"prompt", "completion", "label"} <= names:
         return "feedback"
-    if "messages" in fields or "conversations" in fields or {"prompt", "completion"} <= fields or {"instruction", "output"} <= fields:
+    if "messages" in names or "conversations" in names or {"prompt", "completion"} <= names or {"instruction", "output"} <= names:
         return "chat"
-    if text_field in fields:
+    if text_field in names:
         return "text"
-    if "prompt" in fields or {"question", "answer"} <= fields:
+    if "prompt" in names or {"question", "answer"} <= names:
         return "prompt"
-    names = ", ".join(sorted(value)) or "none"
+    has = ", ".join(sorted(value)) or "none"
     wanted = f"{text_field}; messages; conversations; prompt (+ completion (+ label)); instruction + output; prompt + chosen + rejected; question + answer"
-    raise BadRow("missing_field", f"no known fields (has: {names}; wanted one of: {wanted})")
+    raise BadRow("missing_field", f"no known fields (has: {has}; wanted one of: {wanted})")
 
 
 def parse(value: Any, text_field: str, view: str | None) -> tuple[str, Row]:
     """(view, row without source) of one raw row; `view` null goes by the fields. BadRow where a field is missing, of a wrong type or empty."""
-    if not isinstance(value, Mapping):
-        raise BadRow("wrong_type", f"expected an object, got {type(value).__name__}")
+    value = fields(value)
     view = view or view_of(value, text_field)
     if view == "text":
         return view, {"text": text(value.get(text_field), text_field)}

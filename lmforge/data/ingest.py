@@ -105,16 +105,27 @@ def counted(source: Iterable[Raw], total: int | None, progress: Progress) -> Ite
 
 
 def peek(root: Path, paths: Sequence[Path], txt_document_chars: int, text_field: str) -> tuple[str, ...]:
-    """The views that the first rows of the first files speak of; bounded, for a plan."""
+    """The views that the fields of the first rows of the first files speak of; bounded, for a plan. DataError where none of them does.
+
+    A row whose fields are right and whose contents are bad counts too: the run puts it in quarantine, and goes on with those after it.
+    """
     found = set()
+    first_bad: tuple[str, str] | None = None
     for path in paths[:PEEK_FILES]:
         if path.name.endswith((".txt", ".txt.gz")):
             found.add("text")
             continue
         for raw in islice(read(path, label(path, root), txt_document_chars), PEEK_ROWS):
             try:
-                if not raw.problem:
-                    found.add(dialects.parse(raw.value, text_field, None)[0])
-            except BadRow:
-                continue  # the run counts and quarantines it
+                found.add(_view(raw, text_field))
+            except BadRow as bad:
+                first_bad = first_bad or (f"{raw.file}:{raw.line}", bad.reason)
+    if first_bad and not found:
+        raise DataError(*first_bad, "none of the first rows can be used, and this is the first")
     return tuple(view for view in corpus.VIEWS if view in found)
+
+
+def _view(raw: Raw, text_field: str) -> str:
+    if raw.problem:
+        raise BadRow(*raw.problem)
+    return dialects.view_of(dialects.fields(raw.value), text_field)

@@ -43,7 +43,21 @@ def messages(value: Any, name: str, role_key: str = "role", content_key: str = "
         raise BadRow("wrong_type", f"{name} is {type(value).__name__}, not a list")
     if not value:
         raise BadRow("empty_conversation", f"{name} is empty")
-    return [_message(one, f"{name}[{index}]", role_key, content_key) for index, one in enumerate(value)]
+    found = [_message(one, f"{name}[{index}]", role_key, content_key) for index, one in enumerate(value) if not _says_nothing(one, role_key, content_key)]
+    if not found:
+        raise BadRow("empty_conversation", f"{name} is empty")
+    return found
+
+
+def _says_nothing(one: Any, role_key: str, content_key: str) -> bool:
+    """A system turn without text, which many data sets carry in every row: the same as none."""
+    return isinstance(one, Mapping) and one.get(role_key) == "system" and one.get(content_key) in ("", None, [])
+
+
+def _joined(content: Any) -> Any:
+    """Contents given as a list of text parts as one text; anything else as it is."""
+    texts = [one.get("text") for one in content if isinstance(one, Mapping) and one.get("type") == "text"] if isinstance(content, list) else []
+    return "".join(texts) if texts and len(texts) == len(content) and all(isinstance(one, str) for one in texts) else content
 
 
 def check(found: list[Message], name: str) -> None:
@@ -93,7 +107,7 @@ def _message(one: Any, where: str, role_key: str, content_key: str) -> Message:
     given = text(one.get(role_key), f"{where}.{role_key}")
     if given not in ROLES:
         raise BadRow("unknown_role", f"{where}.{role_key} is {given!r}, not one of {', '.join(ROLES)}")
-    content, calls = one.get(content_key), one.get("tool_calls")
+    content, calls = _joined(one.get(content_key)), one.get("tool_calls")
     if given == "function_call":
         content, calls = "", [_json(text(content, f"{where}.{content_key}"))]
     found: Message = {"role": ROLES[given], "content": text("" if content is None and calls else content, f"{where}.{content_key}", empty=bool(calls))}

@@ -126,6 +126,21 @@ def checkpoint_of(reference: str, output: str | Path) -> str:
     return str(folder / "checkpoint")
 
 
+def reward_model_of(reference: str, output: str | Path) -> str:
+    """A folder with a reward model for a folder, a run, a step or a digest; a hub id stays as it is."""
+    path = Path(reference)
+    if path.is_dir() and (path / "config.json").is_file():
+        return str(path)
+    if _means_hub(reference, output):
+        return reference
+    folder = find(reference, output, also="a hub id reads org/name, or org/name@<commit> with all its 40 hex digits")
+    named = [folder.parent.parent / "steps" / name for name in read_json(folder / RUN_FILE)["steps"]] if (folder / RUN_FILE).is_file() else [folder]
+    made = [step / "reward_model" for step in named if (step / "reward_model" / "config.json").is_file()]
+    if not made:
+        raise ConfigError(reference, "made no reward model", "give a run or a step of stage=reward")
+    return str(made[-1])
+
+
 def _last_trained(run: Path, reference: str) -> Path:
     """The last step of a run that made weights or an adapter, quantization aside."""
     names: list[str] = read_json(run / RUN_FILE)["steps"]

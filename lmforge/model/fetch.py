@@ -128,6 +128,8 @@ def _model_folder(folder: Path) -> None:
         raise CheckpointError(str(folder), "there is no such folder", "name a folder with config.json and *.safetensors, or a hub id")
     if not (folder / "config.json").is_file():
         raise CheckpointError(str(folder), "has no config.json", "name a folder in Hugging Face format")
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        raise CheckpointError(str(folder), "holds a soft prompt, which is no part of the weights", "name the base's folder; generate speaks with this one")
 
 
 def _take(source: Path, out: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from lmforge.errors import RunError
 from lmforge.reward.nodes import Episodes, Scorer
 
+LARGEST = 1e18  # training takes squares of rewards in float32, which end at 3.4e38
 SHOWN_CHARS = 60  # of a prompt in an error
 
 
@@ -22,14 +23,14 @@ class Checked:
         return getattr(self._scorer, "components", {})
 
     def __call__(self, episodes: Episodes) -> list[float]:
-        """One finite value a row; RunError that names this reward and the row otherwise."""
+        """One finite value a row, of a size that training can square; RunError that names this reward and the row otherwise."""
         values = [float(value) for value in self._scorer(episodes)]
         if len(values) != len(episodes.prompts):
             raise RunError(self.name, f"gave {len(values)} values for {len(episodes.prompts)} answers", "a reward gives one value a row")
         for row, value in enumerate(values):
-            if not math.isfinite(value):
+            if not math.isfinite(value) or abs(value) > LARGEST:
                 what = f"is {value} for row {row}, the answer {shown(episodes.answers[row])} to {shown(episodes.prompts[row])}"
-                raise RunError(self.name, what, "a reward must be a finite number for every answer")
+                raise RunError(self.name, what, f"a reward must be a finite number for every answer, and not beyond {LARGEST:g}")
         return values
 
 

@@ -152,6 +152,7 @@ def worker(folder: Path) -> int:
     plain = json.loads((folder / JOB).read_text())
     job = Job(step=read_step(plain["step"]), folder=folder, inputs={kind: Path(path) for kind, path in plain["inputs"].items()})
     first = os.environ["RANK"] == "0"
+    _own_device()
     try:
         metrics = job.run(FileReport(folder / EVENTS) if first else Report())
     except LmforgeError as error:
@@ -163,6 +164,14 @@ def worker(folder: Path) -> int:
     if first:
         write_json(folder / RESULT, {"metrics": metrics})
     return 0
+
+
+def _own_device() -> None:
+    """The GPU of this rank becomes "cuda" for all that runs before and after the strategy places its model."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
 def _end_with_launcher() -> None:

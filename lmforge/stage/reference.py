@@ -19,7 +19,7 @@ from lmforge.training.objectives.kto import FeedbackRows, other
 from lmforge.training.objectives.preference import PairRows, logprobs, pair_logprobs
 from lmforge.training.scoring import score
 
-ROWS_PER_BATCH = 16
+TOKENS_PER_BATCH, MOST_ROWS = 16384, 16  # in a forward pass without gradient: at most so many rows, and fewer of long ones
 
 
 def reference(context: Context, four_bit: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -46,14 +46,19 @@ def reference(context: Context, four_bit: dict[str, Any] | None = None) -> dict[
 
 def pair_scores(model: Any, tokens: Tokens) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """("", log-probs of every example [2 * pairs])."""
-    yield "", score(model, PairRows(tokens), ROWS_PER_BATCH, lambda *batch: pair_logprobs(*batch)[0]).reshape(-1)
+    yield "", score(model, PairRows(tokens), _rows(tokens, 2), lambda *batch: pair_logprobs(*batch)[0]).reshape(-1)
 
 
 def answer_scores(model: Any, tokens: Tokens) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """("", log-probs of every example [examples]) and ("_kl", those of the mismatched ones)."""
     rows = FeedbackRows(tokens)
-    yield "", score(model, rows, ROWS_PER_BATCH, lambda model, batch: logprobs(model, batch)[0])
-    yield "_kl", score(model, rows, ROWS_PER_BATCH, lambda model, batch: logprobs(model, other(batch))[0])
+    yield "", score(model, rows, _rows(tokens, 1), lambda model, batch: logprobs(model, batch)[0])
+    yield "_kl", score(model, rows, _rows(tokens, 1), lambda model, batch: logprobs(model, other(batch))[0])
+
+
+def _rows(tokens: Tokens, sequences: int) -> int:
+    """Rows of so many sequences in a batch."""
+    return max(1, min(MOST_ROWS, TOKENS_PER_BATCH // (sequences * tokens.meta["seq_len"])))
 
 
 def write_array(file: Path, array: NDArray[Any]) -> None:

@@ -28,6 +28,7 @@ from lmforge.tokenizer.markers import TEMPLATE
 DATE, DAY = "26 Jul 2024", "2024-07-26"  # Llama 3's own default; its newer templates would write today's date into every row
 CPU_S, WALL_S, START_S = 3.0, 10.0, 120.0  # of one conversation; a real template takes less than a millisecond
 MEMORY_BYTES, CHARS = 512 * 2**20, 2**24
+SHOWN_CHARS = 60  # of a conversation in an error
 Asked = tuple[Sequence[dict[str, Any]], bool]  # messages, and whether the generation prompt follows them
 
 
@@ -60,6 +61,7 @@ class Renderer:
         except ValueError as error:
             raise DataError("chat template", str(error).splitlines()[0], "give a tokenizer with one template, or none at all") from error
         self.variables = {**tokenizer.special_tokens_map, "date_string": DATE}
+        self.where = f"chat template of {tokenizer.name_or_path}" if tokenizer.name_or_path else "chat template"
         self._child: subprocess.Popen[bytes] | None = None
         self._lines: _Lines | None = None
 
@@ -81,27 +83,28 @@ class Renderer:
         child, lines = self._started()
         feed = b"".join(json.dumps({"messages": messages, "prompt": prompt}).encode() + b"\n" for messages, prompt in asked)
         threading.Thread(target=_write, args=(child.stdin, feed), daemon=True).start()
-        return [self._text(lines, WALL_S) for _ in asked]
+        return [self._text(lines, messages) for messages, _ in asked]
 
-    def _text(self, lines: _Lines, seconds: float) -> str | Refused:
-        reply = self._reply(lines, seconds)
+    def _text(self, lines: _Lines, messages: Sequence[dict[str, Any]]) -> str | Refused:
+        reply = self._reply(lines, WALL_S)
         if "fatal" in reply:
-            raise DataError("chat template", reply["fatal"], "use another template")
+            said = str(next((one["content"] for one in messages if one["role"] == "user"), ""))
+            begins = said if len(said) <= SHOWN_CHARS else said[:SHOWN_CHARS] + "..."
+            raise DataError(self.where, f"{reply['fatal']}, at {begins!r}", "use another template")
         return Refused(reply["refused"]) if "refused" in reply else str(reply["text"])
 
     def _reply(self, lines: _Lines, seconds: float) -> dict[str, Any]:
         try:
             line = lines.next(seconds)
         except TimeoutError:
-            raise DataError("chat template", f"does not finish a conversation within {seconds:g} s", "use another template") from None
+            return {"fatal": f"does not finish a conversation within {seconds:g} s"}
         if line:
             reply: dict[str, Any] = json.loads(line)
             return reply
         assert self._child is not None
         code = self._child.wait()
         timed = code == -signal.SIGPROF
-        what = f"does not finish a conversation within {CPU_S:g} s of processor time" if timed else f"ended the process that renders it (exit code {code})"
-        raise DataError("chat template", what, "use another template")
+        return {"fatal": f"does not finish a conversation within {CPU_S:g} s of processor time" if timed else f"ended the process that renders it (exit code {code})"}
 
     def _started(self) -> tuple[subprocess.Popen[bytes], _Lines]:
         if self._child is None or self._lines is None:
@@ -111,7 +114,10 @@ class Renderer:
             self._lines = _Lines(self._child.stdout)
             first = {"template": self.template, "variables": self.variables, "date": DAY, "cpu_s": CPU_S, "memory_bytes": MEMORY_BYTES, "chars": CHARS}
             _write(self._child.stdin, json.dumps(first).encode() + b"\n")
-            missing = self._reply(self._lines, START_S)["ready"]
+            ready = self._reply(self._lines, START_S)
+            if "fatal" in ready:
+                raise DataError(self.where, ready["fatal"], "use another template")
+            missing = ready["ready"]
             if missing:
                 warnings.warn(f"chat templates run without a limit on {', '.join(missing)}, which this system cannot set", stacklevel=2)
         return self._child, self._lines

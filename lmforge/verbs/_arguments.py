@@ -25,7 +25,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Hydra's flags and the overrides; ConfigError for a flag nobody knows."""
     parser = get_args_parser()
     parser.__class__ = _Parser
-    args = parser.parse_args(list(argv))
+    args = parser.parse_intermixed_args(list(argv))  # flags may stand among the overrides
     for flag in ("config_name", "config_path", "experimental_rerun"):
         if getattr(args, flag) is not None:
             raise ConfigError(f"--{flag.replace('_', '-')}", "is not read: there is one root config", "add options of your own with --config-dir")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,3 +111,15 @@ def test_kto_takes_pairs_where_there_are_no_labels(plan_of: PlanOf, rows: Path) 
     made = wiring(plan_of("stage=[pretrain,kto]", *NANO, "data=text", f"data.path={rows}", "eval=none"))
     assert made["kto"] == (["pretrain", "tokens.feedback", "kto.feedback_reference"], "checkpoint")
     assert made["kto.feedback_reference"] == (["pretrain", "tokens.feedback"], "feedback_reference")
+
+
+def test_weights_from_outside_replace_an_adapter_that_is_not_merged_yet(plan_of: PlanOf, rows: Path, tmp_path: Path) -> None:
+    """Without evaluation nobody has asked for SFT's weights when DPO starts from others: the adapter must not be merged into those."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    sizes = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "num_attention_heads": 2, "max_position_embeddings": 256}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-5} | sizes))
+    words = ("stage=[pretrain,sft,dpo]", "adapter=lora", f"stage.dpo.init_from={folder}", *NANO, "data=text", f"data.path={rows}", "eval=none")
+    made = wiring(plan_of(*words))
+    assert "sft.merge" not in made
+    assert made["dpo"][0][0] == "weights"

@@ -351,3 +351,13 @@ def test_memory_stays_flat(tmp_path: Path, data: Make, run: Run) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 6_000_000
+
+
+def test_text_parts_are_joined_and_an_empty_system_turn_is_none() -> None:
+    from lmforge.data.turns import BadRow, chat
+
+    user = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    found = chat([{"role": "system", "content": ""}, user, {"role": "assistant", "content": "c"}], "messages")
+    assert found == [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
+    with pytest.raises(BadRow, match="not text"):
+        chat([{"role": "user", "content": [{"type": "image", "image": "x"}]}, {"role": "assistant", "content": "c"}], "messages")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -48,13 +49,13 @@ def refused(tokenizer: Any, template: str) -> str:
     assert time.monotonic() - start < 10 + templates.WALL_S  # on an idle machine it is the limit and a second to start
     line = str(caught.value)
     assert "\n" not in line
-    assert line.startswith("data error: chat template: ")
+    assert line.startswith("data error: chat template")
     return line
 
 
 def test_a_template_that_loops_for_ever(tokenizer: Any) -> None:
     line = refused(tokenizer, LOOP)
-    assert "does not finish a conversation within 3 s of processor time; use another template" in line or "within 10 s; use" in line  # on a busy machine
+    assert re.search(r"does not finish a conversation within (3 s of processor time|10 s), at '.*'; use another template", line)  # on a busy machine
 
 
 def test_one_long_operation_in_c_is_ended_too(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +144,7 @@ def test_the_tokenize_step_ends_in_one_line_and_leaves_nothing(kit: SimpleNamesp
     for file in bpe.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     (folder / "chat_template.jinja").write_text(DOUBLING)
-    with pytest.raises(DataError, match="chat template: takes more than 512 MiB"):
+    with pytest.raises(DataError, match="chat template of .*: takes more than 512 MiB"):
         kit.tokenize(small_corpus, folder, tmp_path / "tokens", "chat")
     assert [path for path in (tmp_path / "tokens").rglob("*") if path.is_file()] == []
 
