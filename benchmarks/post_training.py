@@ -35,7 +35,8 @@ def once(seed: int, folder: Path, pipelines: tuple[str, ...]) -> dict[str, Any]:
         if name in made:
             figures = made[name][stage]
             row |= {f"{stage}_{key.removeprefix('heldout_')}": round(figures[key], 5) for key in figures if key.startswith("heldout_")}
-            row[f"{stage}_gain_in_standard_errors"] = round(figures["heldout_reward_gain"] / figures["heldout_reward_gain_standard_error"], 2)
+            error = figures["heldout_reward_gain_standard_error"]
+            row[f"{stage}_gain_in_standard_errors"] = round(figures["heldout_reward_gain"] / error, 2) if error else None
     if "rlhf_micro" in made:
         row |= {f"reward_model_{key}": round(made["rlhf_micro"]["reward"][f"heldout_{key}"], 4) for key in ("accuracy", "accuracy_standard_error", "margin")}
     if "dpo_micro" in made:
@@ -55,8 +56,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(once(int(seed), Path(folder), tuple(args.pipelines.split(","))))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    means = {key: round(statistics.mean(row[key] for row in rows), 4) for key in rows[0] if key != "seed"}
-    errors = {key: round(statistics.stdev(row[key] for row in rows) / len(rows) ** 0.5, 4) for key in means} if len(rows) > 1 else {}
+    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "seed"}
+    means = {key: None if None in values else round(statistics.mean(values), 4) for key, values in columns.items()}
+    errors = {key: None if means[key] is None else round(statistics.stdev(columns[key]) / len(rows) ** 0.5, 4) for key in means} if len(rows) > 1 else {}
     print(json.dumps({"rows": rows, "mean": means, "standard_error": errors}, indent=1))
 
 

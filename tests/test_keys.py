@@ -48,7 +48,7 @@ NAMES = [f"{group}={option}" for group, option in OPTIONS]
 NAMES_CONTENT = {
     "model": {"pretrained", "revision"},
     "data": {"path", "exclude", "name", "revision"},
-    "stage": {"init_from"},
+    "stage": {"init_from", "reward_from"},
     "eval": {"include_path"},
 }
 
@@ -145,6 +145,9 @@ class World:
             chosen = {"text": [f"data.path={self.text}"], "mixture": [f"data.sources.own.path={self.text}"]}
             return [f"data={option}", "stage=pretrain", "eval=none", *chosen.get(option, []), *hardware]
         if group == "stage":
+            if option == "grpo":  # with a trained reward, so that reward_from names something
+                model = [f"stage.grpo.reward_from={self.weights}", "stage.grpo.reward=model"]
+                return ["stage=[pretrain,grpo]", "eval=none", *model, *data, *hardware]
             if option == "ppo":  # a reward model, with a tokenizer that it shares, only comes with a pipeline
                 return ["stage=[pretrain,sft,reward,ppo]", "eval=none", *data, *hardware]
             return [f"stage={option}", *([f"stage.{option}.init_from={self.weights}"] if option != "pretrain" else []), *data, *hardware]
@@ -162,6 +165,7 @@ class World:
         """Values that must name something real."""
         return {
             "init_from": [str(self.other_weights)],
+            "reward_from": [str(self.other_weights)],
             "pretrained": ["other/model", str(self.other_weights)],
             "revision": [COMMITS[1]],
             "path": [str(self.other_text)],

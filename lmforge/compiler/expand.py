@@ -88,8 +88,19 @@ class _Expansion:
         if self.experiment.eval.measures(last=False):
             self.evaluate("weights")
 
+    def reward_model(self, named: NamedStage) -> None:
+        """A reward model from outside, where the stage names one."""
+        source = getattr(named.stage, "reward_from", None)
+        if source is None:
+            return
+        if "reward_model" not in named.stage.takes():
+            raise PlanError(f"stage.{named.name}.reward_from", "nothing of this stage asks a reward model", f"type stage.{named.name}.reward=model")
+        made = self.add("reward_weights", FetchWeights.of(source, None, self.cache), ())
+        self.scope["reward_model"] = dataclasses.replace(made, kind="reward_model")
+
     def stage(self, named: NamedStage) -> None:
         stage = named.stage
+        self.reward_model(named)
         wanted = list(stage.takes())
         if "checkpoint" in self.scope and stage.makes() in WEIGHTS and "checkpoint" not in wanted:
             wanted.insert(0, "checkpoint")
@@ -101,6 +112,9 @@ class _Expansion:
         """The longest example the stage takes; PlanError where its answers leave no room for a prompt."""
         context = max_positions(self.config)
         room, answer = named.stage.example_tokens(context), getattr(named.stage, "max_new_tokens", 0)
+        if room < SHORTEST and not answer:
+            most = f"at most {context - SHORTEST} of them"
+            raise PlanError(f"stage.{named.name}.adapter", "its virtual tokens leave no room in the model's context", most)
         if room < SHORTEST:
             what = f"{answer:,} tokens of answer leave no room for a prompt in {room + answer:,}"
             raise PlanError(f"stage.{named.name}.max_new_tokens", what, f"type at most {(room + answer) // 2}")

@@ -11,7 +11,7 @@ from lmforge.model.fetch import FetchWeights
 from lmforge.model.source import local_folder, read_config
 from lmforge.model.weights import max_positions, vocab_size, weights
 from lmforge.plan import Plan
-from lmforge.stage.nodes import RewardModel, TrainingStage, Tuning
+from lmforge.stage.nodes import Ppo, RewardModel, TrainingStage, Tuning
 from lmforge.tokenizer.nodes import Tokenize
 
 
@@ -78,8 +78,9 @@ def same_shape(plan: Plan) -> Iterator[Problem]:
     for named in reversed(plan.experiment.stages):
         if (start := getattr(named.stage, "init_from", None)) and (folder := local_folder(start)):
             typed[str(folder.resolve())] = f"stage.{named.name}.init_from"
+    starts = {one.step for step in plan.steps for one in step.inputs if one.kind == "checkpoint"}  # a reward model may have any shape
     for step in plan.steps:
-        if not isinstance(step.spec, FetchWeights) or local_folder(step.spec.source) is None:
+        if step.name not in starts or not isinstance(step.spec, FetchWeights) or local_folder(step.spec.source) is None:
             continue
         where = typed.get(step.spec.source, "model.pretrained")
         found = differences(model.config(), read_config(step.spec.source, None, where))
@@ -105,7 +106,7 @@ def whole_weights(plan: Plan) -> Iterator[Problem]:
 
 
 def adapters(plan: Plan) -> Iterator[Problem]:
-    """An adapter's targets are the model's, and a soft prompt stays the last thing trained, for it cannot be merged into weights."""
+    """An adapter's targets are the model's; a soft prompt has no score, and it stays the last thing trained, for it cannot be merged into weights."""
     config = plan.experiment.model.config()
     soft = ""
     for named in plan.experiment.stages:
@@ -113,11 +114,15 @@ def adapters(plan: Plan) -> Iterator[Problem]:
         if soft and "checkpoint" in stage.takes():
             what = f"{soft} trains a soft prompt, which cannot be merged into the weights that {named.name} starts from"
             yield Problem(f"stage.{named.name}", what, f"make {soft} the last stage, or type stage.{soft}.adapter=lora")
-        if isinstance(stage, Tuning):
-            yield from stage.adapter.problems(weights(config), f"stage.{named.name}.adapter")
-            if not stage.adapter.packs and isinstance(stage, RewardModel):
-                yield Problem(f"stage.{named.name}.adapter", "a soft prompt has no score", f"type stage.{named.name}.adapter=lora or none")
-            soft = soft or ("" if stage.adapter.packs else named.name)
+            return
+        if not isinstance(stage, Tuning):
+            continue
+        yield from stage.adapter.problems(weights(config), f"stage.{named.name}.adapter")
+        if not stage.adapter.packs and isinstance(stage, (RewardModel, Ppo)):
+            model = "reward" if isinstance(stage, RewardModel) else "value"
+            yield Problem(f"stage.{named.name}.adapter", f"a {model} model has no score under a soft prompt", f"type stage.{named.name}.adapter=lora or none")
+        elif not stage.adapter.packs:
+            soft = named.name
     if soft and plan.experiment.quantize.produces:
         yield Problem("quantize", f"{soft} trains a soft prompt, which cannot be merged into the weights", "type quantize=none, or another adapter")
 

@@ -13,10 +13,11 @@ from lmforge.compose import layers
 from lmforge.compose.app import Composed
 from lmforge.errors import ConfigError, Problem, did_you_mean
 from lmforge.experiment import Experiment, NamedStage
-from lmforge.formats.store import checkpoint_of
+from lmforge.formats.store import checkpoint_of, reward_model_of
 from lmforge.model.source import read_config
 from lmforge.registry import Node, lookup, types
 
+WEIGHTS = {"init_from": checkpoint_of, "reward_from": reward_model_of}  # keys of a stage that name weights, and what finds their folder
 NAME = re.compile(r"\w[\w.-]*")  # a run's folder is called by it, so it may lead nowhere else
 
 
@@ -89,17 +90,18 @@ class _Assembly:
         return chosen
 
     def start_from_weights(self, raw_stages: Mapping[str, dict[str, Any]]) -> None:
-        """Find the folder that each `init_from` means; on the first stage it names the model too, unless the user names one."""
+        """Find the folder that each `init_from` and `reward_from` means; on the first stage it names the model too, unless the user names one."""
         for name, raw in raw_stages.items():
-            if not isinstance(raw.get("init_from"), str):
-                continue
-            try:
-                raw["init_from"] = checkpoint_of(raw["init_from"], str(self.config.get("output")))
-                if Path(raw["init_from"]).is_dir():
-                    read_config(raw["init_from"], None, "")
-            except ConfigError as error:
-                self.problems.extend(Problem(f"stage.{name}.init_from", one.what, one.instead) for one in error.problems)
-                raw["init_from"] = None
+            for key, found in WEIGHTS.items():
+                if not isinstance(raw.get(key), str):
+                    continue
+                try:
+                    raw[key] = found(raw[key], str(self.config.get("output")))
+                    if Path(raw[key]).is_dir():
+                        read_config(raw[key], None, "")
+                except ConfigError as error:
+                    self.problems.extend(Problem(f"stage.{name}.{key}", one.what, one.instead) for one in error.problems)
+                    raw[key] = None
         folder = next(iter(raw_stages.values()), {}).get("init_from")
         if folder is not None and not any(one.key.split(".")[0] == "model" for one in self.composed.typed):
             self.config["model"] = {"type": "hf", "pretrained": folder, "revision": None, "tokenizer": {"type": "own"}}

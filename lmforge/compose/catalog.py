@@ -54,7 +54,7 @@ class Catalog:
     def root_groups(self) -> set[str]:
         """The groups that the root chooses an option of; the others, such as `reward`, are parts of a stage."""
         entries = OmegaConf.to_container(OmegaConf.load(_own("conf") / "config.yaml"), resolve=False)["defaults"]  # type: ignore[index, call-overload]
-        return {str(key).removeprefix("optional ") for entry in entries if isinstance(entry, dict) for key in entry}  # type: ignore[union-attr]
+        return {str(key).removeprefix("optional ") for entry in entries if isinstance(entry, dict) for key in entry}
 
     @functools.cached_property
     def options(self) -> dict[str, dict[str, Path]]:

@@ -56,8 +56,10 @@ def _says_nothing(one: Any, role_key: str, content_key: str) -> bool:
 
 def _joined(content: Any) -> Any:
     """Contents given as a list of text parts as one text; anything else as it is."""
-    texts = [one.get("text") for one in content if isinstance(one, Mapping) and one.get("type") == "text"] if isinstance(content, list) else []
-    return "".join(texts) if texts and len(texts) == len(content) and all(isinstance(one, str) for one in texts) else content
+    if not isinstance(content, list) or not content:
+        return content
+    texts = [one["text"] for one in content if isinstance(one, Mapping) and one.get("type") == "text" and isinstance(one.get("text"), str)]
+    return "".join(texts) if len(texts) == len(content) else content
 
 
 def check(found: list[Message], name: str) -> None:

@@ -56,7 +56,11 @@ def _out_of_order(before: str, role: str) -> str:
         return f"two {role} turns in a row"
     if not before:
         return f"begins with the {role}, so there is no prompt"
-    return f"a {role} turn right after {'an' if before == 'assistant' else 'a'} {before} turn"
+    return f"{_a(role)} turn right after {_a(before)} turn"
+
+
+def _a(role: str) -> str:
+    return f"{'an' if role[0] in 'aeiou' else 'a'} {role}"
 
 
 def of(prompt: str | Sequence[Mapping[str, Any]], answer: str | None = None) -> list[dict[str, Any]]:

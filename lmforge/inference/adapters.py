@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import json
 import logging
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ SAID = (  # read here or by people, or only before training
     *("peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping"),
     *("init_lora_weights", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
 )
+# PEFT runs words of these as regular expressions
+PATTERNS = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern")
 CHANGES_BASE = ("pissa", "olora")  # initialisations that take a part out of the base's weights; opening has to do it again
 
 
@@ -92,6 +95,7 @@ def peft_config(folder: Path) -> Any:
         if name not in KINDS[kind] and name not in SAID and value and value != usual.get(name):
             raise CheckpointError(str(folder / CONFIG_FILE), f"sets {name}, which is not known here", "merge the adapter with the tool that made it")
     keys = {name: said[name] for name in KINDS[kind] if name in said}
+    _check_names(keys, folder / CONFIG_FILE)
     if kind == "LORA":
         start = said.get("init_lora_weights", True)
         keys["init_lora_weights"] = start if isinstance(start, str) and start.startswith(CHANGES_BASE) else True
@@ -99,6 +103,16 @@ def peft_config(folder: Path) -> Any:
         return cls(task_type="CAUSAL_LM", inference_mode=True, **keys)
     except (TypeError, ValueError) as error:
         raise CheckpointError(str(folder / CONFIG_FILE), f"PEFT refuses it: {_short(error)}", "copy the adapter again from where it was made") from error
+
+
+def _check_names(keys: Mapping[str, Any], path: Path) -> None:
+    """CheckpointError unless modules are meant by plain names: a regular expression from a file could run for ever, and mean what nobody sees."""
+    for key in PATTERNS:
+        value = keys.get(key) or ()
+        for word in value if isinstance(value, list | dict) else (value,) if value else ():
+            if not (isinstance(word, str) and (re.fullmatch(r"[A-Za-z0-9_.]+", word) or (key, word) == ("target_modules", "all-linear"))):
+                what = f"{key} has {str(word)[:60]!r}, which is no plain name of a module"
+                raise CheckpointError(str(path), what, "name the modules (letters, digits, _ and .), or merge the adapter with the tool that made it")
 
 
 def read_tensors(folder: Path) -> dict[str, Any]:

@@ -68,9 +68,19 @@ def read_base(folder: Path) -> Base | None:
         return None
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
-        return Base(str(said["fingerprint"]), str(said["architecture"]), said["four_bit"])
+        found = Base(str(said["fingerprint"]), str(said["architecture"]), said["four_bit"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(str(path), f"cannot be read ({type(error).__name__})", "copy the adapter again from where it was made") from error
+    if found.four_bit is not None and not _is_four_bit(found.four_bit):
+        what = "four_bit is not null or quant_type nf4 or fp4 with double_quant true or false, and nothing else"
+        raise CheckpointError(str(path), what, "copy the adapter again from where it was made")
+    return found
+
+
+def _is_four_bit(said: Any) -> bool:
+    if not isinstance(said, dict) or said.keys() != {"quant_type", "double_quant"}:
+        return False
+    return said["quant_type"] in ("nf4", "fp4") and isinstance(said["double_quant"], bool)
 
 
 def check_base(folder: Path, base: Path) -> None:

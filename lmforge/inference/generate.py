@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -71,18 +71,27 @@ def stream(
         max_new_tokens = min(NEW_TOKENS, room - length)
     if length + max_new_tokens > room:
         raise RunError("max_new_tokens", f"{length} prompt tokens + {max_new_tokens} new ones exceed the context of {room}", f"at most {room - length}")
-    sampling: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens, "eos_token_id": stop_ids(model, tokenizer) or None}
+    sampling: dict[str, Any] = {
+        "do_sample": temperature > 0,
+        "max_new_tokens": max_new_tokens,
+        "eos_token_id": stop_tokens(model, [tokenizer.eos_token_id]) or None,
+    }
     if temperature > 0:
         # top_k=0: transformers' own default of 50 would cut the distribution without being asked
         sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
     return _pieces(model, tokenizer, inputs.to(model.device), sampling, seed)
 
 
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """EOS and what else generation_config.json names, such as the end of a turn."""
-    named = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
-    return sorted(one for one in ids if one is not None)
+def stop_tokens(model: Any, known: Iterable[int | None]) -> list[int]:
+    """What ends an answer of this model, for all that draw answers: what is `known`, and what the checkpoint's generation_config.json names.
+
+    `known` is the tokenizer's EOS, or the `stop_token_ids` of tokens, which have the template's end of a turn too. Neither is enough: tokens know the
+    template they were rendered with but not that a checkpoint from elsewhere was taught to stop with a further token; and a checkpoint after
+    pretraining alone knows no end of a turn.
+    """
+    config = getattr(model, "generation_config", None)
+    named = config.eos_token_id if config is not None else None
+    return sorted({one for one in (*known, *(named if isinstance(named, list) else [named])) if one is not None})
 
 
 def _check_sampling(max_new_tokens: int | None, temperature: float, top_p: float) -> None:

@@ -26,7 +26,7 @@ class Answers:
     """One answer a row, padded on the right: token t is meant where t < lengths."""
 
     ids: Tensor  # [rows, max_new_tokens] int64, the end token included
-    logprobs: Tensor  # [rows, max_new_tokens] fp32, under the distribution each token was drawn from; 0 after the end
+    logprobs: Tensor  # [rows, max_new_tokens] fp32, under the distribution each token was drawn from, or the model's own; 0 after the end
     lengths: Tensor  # [rows] int64, at least 1
     ended: Tensor  # [rows] bool: the last token is a stop token
 
@@ -47,21 +47,28 @@ def rollout(
     pad_id: int,
     noise: Tensor | None = None,
     batch: int = ROWS,
+    answers: int = 1,
+    top_p: float = 1.0,
+    own_logprobs: bool = False,
 ) -> Answers:
-    """Answer each prompt [its tokens, at least one], at most `batch` of them at a time, with the model in evaluation mode.
+    """`answers` to each prompt [its tokens, at least one], in order, at most `batch` rows at a time, with the model in evaluation mode.
 
-    Token t of row i is drawn from softmax(logits / temperature), all of it, by inverting its distribution function at `noise[i, t]` (of `uniforms`);
-    temperature 0 takes the likeliest token and needs no noise. A row ends with the first token among `stop_ids`, which belongs to the answer, or
-    after `max_new_tokens`. A row's draws do not depend on the others, up to the rounding of its logits.
+    Token t of row i is drawn from softmax(logits / temperature), or what `nucleus` leaves of it, by inverting its distribution function at
+    `noise[i, t]` (of `uniforms`); temperature 0 takes the likeliest token and needs no noise. A row ends with the first token among `stop_ids`, which
+    belongs to the answer, or after `max_new_tokens`. A row's draws do not depend on the others, up to the rounding of its logits. A prompt is computed
+    once for all its answers, which are in one batch even where they are more than `batch`. With `own_logprobs` the log-probabilities are the model's
+    own, at temperature 1 and over the whole vocabulary, whatever the tokens were drawn from.
     """
     if any(not prompt for prompt in prompts):
         raise ValueError("an empty prompt: a model needs a token to start from")
     parts = []
     with _evaluating(model):
-        for start in range(0, len(prompts), batch):
-            rows = slice(start, start + batch)
-            draws = _Draws(temperature, None if noise is None else noise[rows].to(model.device))
-            parts.append(_answer(model, prompts[rows], max_new_tokens, draws, stop_ids, pad_id))
+        at_once = max(1, batch // answers)
+        for start in range(0, len(prompts), at_once):
+            end = start + at_once
+            drawn_at = None if noise is None else noise[start * answers : end * answers].to(model.device)
+            running = _Running(model, prompts[start:end], answers, pad_id)
+            parts.append(_answer(running, max_new_tokens, _Draws(temperature, top_p, own_logprobs, drawn_at), stop_ids, pad_id))
     return Answers(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
@@ -70,6 +77,8 @@ class _Draws:
     """How the next token is chosen."""
 
     temperature: float
+    top_p: float
+    own_logprobs: bool
     noise: Tensor | None  # [rows, max_new_tokens]
 
     def __post_init__(self) -> None:
@@ -82,21 +91,37 @@ class _Draws:
             ids = logits.argmax(-1, keepdim=True)
             logps = torch.log_softmax(logits.float(), -1)
         else:
-            logps = torch.log_softmax(logits.float() / self.temperature, -1)
+            logps = nucleus(torch.log_softmax(logits.float() / self.temperature, -1), self.top_p)
             below = logps.double().exp_().cumsum_(-1)
             # The product stays below the sum, which is 1 but for rounding; a token of probability 0 has no width and is never hit.
             ids = torch.searchsorted(below, self.noise[rows, step, None] * below[:, -1:], right=True)
+            if self.own_logprobs:
+                logps = torch.log_softmax(logits.float(), -1)
         return ids[:, 0], logps.gather(1, ids)[:, 0]
 
 
-class _Running:
-    """The rows of a batch that have not ended, with the model's cache for them."""
+def nucleus(logps: Tensor, top_p: float) -> Tensor:
+    """Log-probs [rows, vocabulary] of the smallest set of tokens whose probability reaches `top_p`, -inf elsewhere (Holtzman et al. 2020).
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
+    At 1 that is every token, and nothing is sorted.
+    """
+    if top_p == 1:
+        return logps
+    ordered, order = logps.sort(dim=-1, descending=True, stable=True)
+    probabilities = ordered.double().exp()
+    outside = probabilities.cumsum(-1) - probabilities >= top_p
+    outside[:, 0] = False
+    return logps.masked_fill(outside.scatter(1, order, outside), -torch.inf).log_softmax(-1)
+
+
+class _Running:
+    """The rows of a batch that have not ended, with the model's cache for them: `answers` of each prompt, side by side."""
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], answers: int, pad_id: int) -> None:
         from transformers import DynamicCache
 
-        self.model, device = model, model.device
-        self.rows = torch.arange(len(prompts), device=device)
+        self.model, self.answers, device = model, answers, model.device
+        self.rows = torch.arange(len(prompts) * answers, device=device)
         longest = max(map(len, prompts))
         self.ids = torch.tensor([[pad_id] * (longest - len(one)) + list(one) for one in prompts], device=device)
         self.mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=device)
@@ -120,6 +145,9 @@ class _Running:
                 self.positions = (self.mask.cumsum(1) - 1).clamp_min(0)
         run = {"attention_mask": self.mask, "position_ids": self.positions, "past_key_values": self.cache, "use_cache": True}
         logits: Tensor = model(**inputs, **run, **self.keep).logits[:, -1]
+        if len(logits) < len(self.rows):  # the prompts, once each: from here on every answer has a row
+            self.cache.batch_repeat_interleave(self.answers)
+            self.mask, self.positions, logits = (one.repeat_interleave(self.answers, 0) for one in (self.mask, self.positions, logits))
         return logits
 
     def go_on(self, ids: Tensor, going: Tensor) -> None:
@@ -132,10 +160,9 @@ class _Running:
             self.cache.batch_select_indices(kept)
 
 
-def _answer(model: Any, prompts: Sequence[Sequence[int]], tokens: int, draws: _Draws, stop_ids: Collection[int], pad_id: int) -> tuple[Tensor, ...]:
+def _answer(running: _Running, tokens: int, draws: _Draws, stop_ids: Collection[int], pad_id: int) -> tuple[Tensor, ...]:
     """The fields of `Answers` for one batch."""
-    running = _Running(model, prompts, pad_id)
-    device, count = model.device, len(prompts)
+    device, count = running.rows.device, len(running.rows)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
     ids = torch.full((count, tokens), pad_id, device=device)
     logprobs, lengths = torch.zeros(count, tokens, device=device), torch.zeros(count, dtype=torch.int64, device=device)

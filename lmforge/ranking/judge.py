@@ -53,7 +53,7 @@ class Judge:
     def scores(self, samples: Sequence[Sampled], progress: Progress) -> list[Scores]:
         """Each answer's mean log-odds of being preferred to the others of its prompt; a pair is doubtful where the two orders disagree.
 
-        A prompt with a comparison longer than the judge's context has no scores.
+        An answer that was cut off has no score and is compared with none; a prompt with a comparison longer than the judge's context has no scores.
         """
         found = []
         for number, sample in enumerate(samples):
@@ -62,19 +62,20 @@ class Judge:
         return found
 
     def _sample(self, sample: Sampled) -> Scores:
-        count = len(sample.answers)
-        pairs = list(itertools.combinations(range(count), 2))
+        ended = [place for place, answer in enumerate(sample.answers) if answer.ended]
+        pairs = list(itertools.combinations(ended, 2))
         comparisons = self._comparisons(sample, pairs)
         if any(len(one.ids) > self._room for one in comparisons):
-            return Scores((None,) * count)
+            return Scores((None,) * len(sample.answers))
         odds = self._odds(comparisons)
         leads = {pair: (odds[2 * at], -odds[2 * at + 1]) for at, pair in enumerate(pairs)}  # log-odds of the pair's first, as A and as B
-        totals = [0.0] * count
+        totals = dict.fromkeys(ended, 0.0)
         for (one, two), both in leads.items():
             totals[one] += sum(both) / 2
             totals[two] -= sum(both) / 2
         doubtful = frozenset(pair for pair, (as_a, as_b) in leads.items() if as_a * as_b <= 0)
-        return Scores(tuple(round(total / max(count - 1, 1), 6) for total in totals), doubtful)
+        means = {place: round(total / max(len(ended) - 1, 1), 6) for place, total in totals.items()}
+        return Scores(tuple(means.get(place) for place in range(len(sample.answers))), doubtful)
 
     def _comparisons(self, sample: Sampled, pairs: Sequence[Pair]) -> list[Comparison]:
         """Two of each pair: its first answer as A, then as B."""

@@ -33,16 +33,18 @@ class Scores:
 
 @dataclass(frozen=True)
 class Account:
-    """What a method did: prompts = pairs + ties + unscored."""
+    """What a method did: prompts = pairs + ties + unscored. `cut` counts answers."""
 
     prompts: int
     pairs: int
     ties: int  # the scores are equal, nearer than the margin, or in doubt
     unscored: int  # fewer than two answers have a score
+    cut: int  # answers without a score because they did not end by themselves
 
     def __str__(self) -> str:
         rest = [f"{count:,} {what}" for what, count in (("without a clear difference", self.ties), ("without two scores", self.unscored)) if count]
-        return ", ".join([f"{self.pairs:,} of {self.prompts:,} prompts give a pair", *rest])
+        said = ", ".join([f"{self.pairs:,} of {self.prompts:,} prompts give a pair", *rest])
+        return f"{said}; left out: {self.cut:,} answers that were cut off" if self.cut else said
 
 
 def rank(samples: Sequence[Sampled], scores: Sequence[Scores], ratings: Ratings, rater: str, min_margin: float) -> Account:
@@ -56,7 +58,7 @@ def rank(samples: Sequence[Sampled], scores: Sequence[Scores], ratings: Ratings,
         before = known.get(sample.id)
         if before is None or (before.places, before.state, before.scores) != (rating.places, rating.state, rating.scores):
             ratings.append(rating)
-    return Account(len(samples), **counted)
+    return Account(len(samples), **counted, cut=sum(not answer.ended for sample in samples for answer in sample.answers))
 
 
 def extremes(scores: Scores, min_margin: float) -> Places:
@@ -72,7 +74,10 @@ def extremes(scores: Scores, min_margin: float) -> Places:
 
 
 def by_reward(samples: Sequence[Sampled], scorer: Scorer, tokenizer: Path, progress: Progress) -> list[Scores]:
-    """A reward's value of every answer. The ids are those that `tokenizer` gives prompt and answer in training; what it cannot write has no score."""
+    """A reward's value of every answer. The ids are those that `tokenizer` gives prompt and answer in training.
+
+    What it cannot write has no score, nor has an answer that was cut off: the ids would hold an end token that it never had.
+    """
     found: list[Scores] = []
     with ExitStack() as stack:
         opened = open_tokenizer(tokenizer)
@@ -101,8 +106,10 @@ def _scored(samples: Sequence[Sampled], scorer: Scorer, encoded: Sequence[tuple[
 
 
 def _encoded(samples: Sequence[Sampled], chat: Chat, encoder: Encoder) -> list[tuple[list[int], int] | None]:
-    """(ids up to the end token, where the answer starts) of every answer, as preference pairs are tokenized; None for one the template refuses."""
-    results = chat.many([([*sample.messages, {"role": "assistant", "content": answer.text}], "last") for sample in samples for answer in sample.answers])
-    whole = iter(encoder.conversations([one for one in results if not isinstance(one, BadRow)]))
-    examples = [None if isinstance(one, BadRow) else next(whole) for one in results]
+    """(ids up to the end token, where the answer starts) of every answer, as preference pairs are tokenized; None for one cut off or refused."""
+    flat = [(sample, answer) for sample in samples for answer in sample.answers]
+    results = iter(chat.many([([*sample.messages, {"role": "assistant", "content": answer.text}], "last") for sample, answer in flat if answer.ended]))
+    rendered = [next(results) if answer.ended else None for _, answer in flat]
+    whole = iter(encoder.conversations([one for one in rendered if one is not None and not isinstance(one, BadRow)]))
+    examples = [None if one is None or isinstance(one, BadRow) else next(whole) for one in rendered]
     return [None if one is None else (one[0][: len(one[1]) - one[1][::-1].index(1)], one[1].index(1)) for one in examples]

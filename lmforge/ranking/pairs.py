@@ -29,16 +29,22 @@ def verdicts(rating: Rating | None) -> dict[Pair, str]:
 
 @dataclass
 class Preferences:
-    """The rows of a preference data set, and what became of every pair that somebody judged: judged = rows + ties + disagreements + empty."""
+    """The rows of a preference data set, and what became of every pair that somebody judged: judged = rows + ties + disagreements + empty + cut."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     judged: int = 0
     ties: int = 0
     disagreements: int = 0  # no verdict has more than half of those who judged the pair
     empty: int = 0  # one side is white space only, which no data set takes
+    cut: int = 0  # one side did not end by itself: as a row it would be given an end token after cut text, and that would be learned
 
     def __str__(self) -> str:
-        kinds = (("ties", self.ties), ("disagreements", self.disagreements), ("with an empty answer", self.empty))
+        kinds = (
+            ("ties", self.ties),
+            ("disagreements", self.disagreements),
+            ("with an empty answer", self.empty),
+            ("with an answer that was cut off", self.cut),
+        )
         left = [f"{count:,} {what}" for what, count in kinds if count]
         return f"{len(self.rows):,} preference rows of {self.judged:,} pairs judged" + (f"; left out: {', '.join(left)}" if left else "")
 
@@ -64,7 +70,8 @@ def preferences(samples: Sequence[Sampled], ratings: Ratings, raters: Collection
 
 def _decide(sample: Sampled, pair: Pair, votes: Counter[str], found: Preferences) -> None:
     verdict, most = votes.most_common(1)[0]
-    texts = [sample.answers[one].text for one in pair]
+    answers = [sample.answers[one] for one in pair]
+    texts = [one.text for one in answers]
     found.judged += 1
     if 2 * most <= votes.total():
         found.disagreements += 1
@@ -72,6 +79,8 @@ def _decide(sample: Sampled, pair: Pair, votes: Counter[str], found: Preferences
         found.ties += 1
     elif not all(text.strip() for text in texts):
         found.empty += 1
+    elif not all(one.ended for one in answers):
+        found.cut += 1
     else:
         chosen, rejected = texts if verdict == FIRST else reversed(texts)
         found.rows.append({"prompt": sample.prompt, "chosen": chosen, "rejected": rejected, "source": f"{sample.id}:{pair[0]}-{pair[1]}"})

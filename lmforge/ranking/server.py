@@ -192,9 +192,11 @@ class Handler(BaseHTTPRequestHandler):
         return found[2], parse_qs(parts.query)
 
     def _body(self) -> Any:
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal():
+        length = self.headers.get("Content-Length")
+        if length is None:
             raise Refused(HTTPStatus.LENGTH_REQUIRED, "the body's length is missing")
+        if not re.fullmatch("[0-9]{1,7}", length):
+            raise Refused(HTTPStatus.BAD_REQUEST, "the body's length is no number of at most 7 digits")
         if int(length) > LARGEST_BODY:
             raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {LARGEST_BODY} bytes")
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lmforge.errors import RunError
 from lmforge.reward.nodes import Episodes, Scorer
@@ -21,6 +21,11 @@ class Checked:
     @property
     def components(self) -> Mapping[str, list[float]]:
         return getattr(self._scorer, "components", {})
+
+    def check(self, references: Sequence[str | None], split: str) -> None:
+        """Refuse references of a split's prompts that the scorer cannot work with: DataError."""
+        if hasattr(self._scorer, "check"):
+            self._scorer.check(references, split)
 
     def __call__(self, episodes: Episodes) -> list[float]:
         """One finite value a row, of a size that training can square; RunError that names this reward and the row otherwise."""
@@ -40,6 +45,11 @@ class Weighted:
     def __init__(self, scorers: Mapping[str, Checked], weights: Mapping[str, float]) -> None:
         self._scorers, self._weights = scorers, weights
         self.components: dict[str, list[float]] = {}
+
+    def check(self, references: Sequence[str | None], split: str) -> None:
+        """Of every part."""
+        for scorer in self._scorers.values():
+            scorer.check(references, split)
 
     def __call__(self, episodes: Episodes) -> list[float]:
         self.components = {}

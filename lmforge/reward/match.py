@@ -10,25 +10,37 @@ from lmforge.errors import DataError
 from lmforge.reward.checked import shown
 from lmforge.reward.nodes import Episodes
 
-NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
+NUMBER = re.compile(r"(?:(?<![^\W_])[-+])?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")  # the sign of 3-5 is none of the 5
 WORD = re.compile(r"\w+|[^\w\s]")
 BOX = "\\boxed{"
 
 
-def matches(episodes: Episodes, extract: str, ignore_case: bool, where: str) -> list[float]:
-    """1 or 0 a row; DataError that names the prompt where there is no reference, or nothing to extract from it."""
-    values = []
-    for prompt, answer, reference in zip(episodes.prompts, episodes.answers, episodes.references, strict=True):
+class Matches:
+    """1 or 0 a row: whether what is extracted from the answer is what is extracted from the reference."""
+
+    def __init__(self, extract: str, ignore_case: bool, where: str) -> None:
+        self.extract, self.ignore_case, self.where = extract, ignore_case, where
+
+    def check(self, references: Sequence[str | None], split: str) -> None:
+        """DataError that names the first prompt, by its index in the split, without a reference that holds what is extracted."""
+        for index, reference in enumerate(references):
+            self._wanted(reference, f"prompt {index} (from 0) of {split}")
+
+    def __call__(self, episodes: Episodes) -> list[float]:
+        """DataError as from `check`, that shows the prompt."""
+        rows = zip(episodes.prompts, episodes.answers, episodes.references, strict=True)
+        return [float(_extracted(answer, self.extract, self.ignore_case) == self._wanted(one, f"the prompt {shown(prompt)}")) for prompt, answer, one in rows]
+
+    def _wanted(self, reference: str | None, whose: str) -> str | Decimal:
         if reference is None:
-            raise DataError(where, f"the prompt {shown(prompt)} has no reference answer", 'give its row an "answer", or choose a reward that needs none')
-        wanted = _extracted(reference, extract, ignore_case)
-        if wanted is None and extract == "boxed":
-            wanted = _normal(reference, ignore_case)  # data often holds the bare answer
+            raise DataError(self.where, f"{whose} has no reference answer", 'give its row an "answer", or choose a reward that needs none')
+        wanted = _extracted(reference, self.extract, self.ignore_case)
+        if wanted is None and self.extract == "boxed":
+            wanted = _normal(reference, self.ignore_case)  # data often holds the bare answer
         if wanted is None:
-            what = f"the reference {shown(reference)} of the prompt {shown(prompt)} has nothing that extract={extract} finds"
-            raise DataError(where, what, "choose another extract, or mend the row")
-        values.append(float(_extracted(answer, extract, ignore_case) == wanted))
-    return values
+            what = f"the reference {shown(reference)} of {whose} has nothing that extract={self.extract} finds"
+            raise DataError(self.where, what, "choose another extract, or mend the row")
+        return wanted
 
 
 def _extracted(text: str, extract: str, ignore_case: bool) -> str | Decimal | None:

@@ -25,7 +25,9 @@ class Episodes:
     starts: list[int]  # ids[row][starts[row]:] is the answer
 
 
-Scorer = Callable[[Episodes], Sequence[float]]  # one value a row; `components` of it, where it has them, are the parts of its last values by name
+# One value a row. `components` of it, where it has them, are the parts of its last values by name; `check(references, split)`, where it has one, refuses a
+# split's references [prompts] that it could not score with, before the first answer is written.
+Scorer = Callable[[Episodes], Sequence[float]]
 
 
 class Reward(Node):
@@ -69,10 +71,13 @@ class RewardModel(Reward):
 class PythonParses(Reward):
     """1 where the prompt's last definition goes on to parse as Python with the answer as its body, else 0. Nothing is executed.
 
-    Where the prompt holds no definition, the answer by itself.
+    Where the prompt holds no definition, the answer by itself. `pass` and statements of literals alone (`1, 2, 3`, a string) count for nothing.
     """
 
-    min_nodes: Annotated[int, Key("fewest statements and expressions in the answer, so that an empty or trivial one earns nothing", "syntax nodes", ge=1)]
+    min_nodes: Annotated[
+        int,
+        Key("fewest statements and expressions in the answer, those of bare literals not counted, so that a trivial one earns nothing", "syntax nodes", ge=1),
+    ]
     max_chars: Annotated[int, Key("a longer answer earns nothing; it bounds the work of the parser", "characters", ge=1)]
     trimmed: Annotated[bool, Key("give the answer's first line the indent of the body; for chat templates that trim answers")]
 
@@ -88,15 +93,18 @@ class PythonParses(Reward):
 
 @register("reward", "exact_match")
 class ExactMatch(Reward):
-    """1 where what is extracted from the answer equals what is extracted from the reference, else 0; numbers by their value (GSM8K, Cobbe et al. 2021)."""
+    """1 where what is extracted from the answer equals what is extracted from the reference, else 0; numbers by their value (GSM8K, Cobbe et al. 2021).
+
+    Every prompt needs a reference that holds what is extracted; they are looked at before training.
+    """
 
     extract: Annotated[Literal["whole", "last_line", "last_number", "boxed"], Key("what counts: all of it, its last line, its last number, or \\boxed{...}")]
     ignore_case: Annotated[bool, Key("whether upper and lower case are the same")]
 
     def scorer(self, inputs: Mapping[str, Path], where: str) -> Scorer:
-        from lmforge.reward.match import matches
+        from lmforge.reward.match import Matches
 
-        return lambda episodes: matches(episodes, self.extract, self.ignore_case, f"{where}={self.type}")
+        return Matches(self.extract, self.ignore_case, f"{where}={self.type}")
 
 
 @register("reward", "regex")

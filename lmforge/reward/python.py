@@ -6,15 +6,24 @@ import ast
 import functools
 import re
 import warnings
+from collections.abc import Iterator
 
 DEFINITION = re.compile(r"(?:async[ \t]+)?def[ \t]|class[ \t]")
+# What an expression without any name, call or attribute is made of.
+LITERALS = (
+    *(ast.Constant, ast.Tuple, ast.List, ast.Set, ast.Dict, ast.JoinedStr, ast.FormattedValue, ast.UnaryOp, ast.BinOp, ast.BoolOp, ast.Compare),
+    *(ast.unaryop, ast.operator, ast.boolop, ast.cmpop, ast.expr_context),
+)
 # What ast.parse raises on text: also for null bytes and lone surrogates (ValueError), for nesting too deep (RecursionError, MemoryError) and for
 # numbers too large (OverflowError, ValueError).
 FAILURES = (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError)
 
 
 def nodes_of_answer(prompt: str, answer: str, trimmed: bool) -> int:
-    """Statements and expressions that the answer adds to the prompt's last definition; 0 where the two do not parse, or it goes beyond the definition."""
+    """Statements and expressions that the answer adds to the prompt's last definition; 0 where the two do not parse, or it goes beyond the definition.
+
+    What says nothing is not counted: `pass`, and statements of literals alone.
+    """
     before, indent = _context(prompt)
     if trimmed:
         answer = indent + answer.lstrip(" \t")
@@ -23,7 +32,18 @@ def nodes_of_answer(prompt: str, answer: str, trimmed: bool) -> int:
         return 0
     lines = before.split("\n")
     start = (len(lines), len(lines[-1].encode()))
-    return sum((node.lineno, node.col_offset) >= start for node in ast.walk(tree) if isinstance(node, (ast.stmt, ast.expr)))
+    return sum((node.lineno, node.col_offset) >= start for node in _telling(tree) if isinstance(node, (ast.stmt, ast.expr)))
+
+
+def _telling(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those of statements that say nothing."""
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and all(isinstance(part, LITERALS) for part in ast.walk(node.value))):
+            continue
+        yield node
+        waiting.extend(ast.iter_child_nodes(node))
 
 
 @functools.lru_cache(maxsize=1024)  # a prompt has many answers

@@ -11,7 +11,10 @@ from lmforge.step import Context, StepNode
 
 @node
 class Pairwise(Tuning):
-    """A loss over (chosen, rejected) log-probs, and over the reference policy's where the stage consumes `reference`."""
+    """A loss over (chosen, rejected) log-probs, and over the reference policy's where the stage consumes `reference`.
+
+    Dropout is off, the model's and an adapter's: log-ratios are to a policy without it (as TRL's `disable_dropout`), and begin at 0.
+    """
 
     consumes: ClassVar[tuple[str, ...]] = ("checkpoint", "tokens:preference", "reference")
     sequences_per_row = 2  # chosen and rejected
@@ -73,6 +76,15 @@ class Orpo(Pairwise):
     consumes = ("checkpoint", "tokens:preference")
 
     beta: Annotated[float, Key("weight of the odds-ratio term, the paper's lambda", gt=0)]
+    nll_over_prompt: Annotated[bool, Key("cross entropy of the prompt too, and a mean over the batch's tokens, as TRL has it")]
+
+    def objective(self, context: Context) -> Any:
+        """The loss over pairs, with either cross entropy."""
+        if not self.nll_over_prompt:
+            return super().objective(context)
+        from lmforge.training.objectives.whole_nll import WholeNll
+
+        return WholeNll(context.inputs["tokens:preference"], None, self.loss)
 
     def loss(self, pairs: Any) -> Any:
         from lmforge.training.losses.preference import orpo
@@ -97,7 +109,7 @@ class Simpo(Pairwise):
 
 @register("stage", "kto")
 class Kto(Tuning):
-    """KTO (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8) on single answers labelled good or bad; pairs count as one of each."""
+    """KTO (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8) on single answers labelled good or bad; pairs count as one of each. Dropout is off."""
 
     consumes = ("checkpoint", "tokens:feedback", "feedback_reference")
 

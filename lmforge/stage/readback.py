@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
+from collections.abc import Sequence
 from typing import Any
 
 from lmforge.formats.samples import Prompt
@@ -18,34 +20,32 @@ class Reader:
     def __init__(self, tokenizer: Any, renderer: Renderer) -> None:
         self._tokenizer, self._renderer = tokenizer, renderer
         special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        # A content holds no special token: those belong to the template, and a user's own are refused when prompts are tokenized.
-        self._content = rf"((?:(?!{'|'.join(sorted(special, key=len, reverse=True)) or '(?!)'})[\s\S])*)"
-        self._patterns: dict[tuple[str, ...], re.Pattern[str] | None] = {}
+        self._special = re.compile("|".join(sorted(special, key=len, reverse=True)) or "(?!)")
+        self._parts: dict[tuple[str, ...], list[str]] = {}
 
     def read(self, ids: list[int]) -> Prompt | None:
         """The one user turn as text, or the messages; None where rendering and encoding them would not give these very ids."""
         text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        special = [found.start() for found in self._special.finditer(text)]
         for turns in range(TURNS):
             for system in ((), ("system",)):
                 roles = (*system, *("user", "assistant") * turns, "user")
-                found = self._pattern(roles)
-                matched = found.fullmatch(text) if found else None
-                if matched is None:
+                found = contents(text, self._around(roles), special)
+                if found is None:
                     continue
-                messages = [{"role": role, "content": content} for role, content in zip(roles, matched.groups(), strict=True)]
+                messages = [{"role": role, "content": content} for role, content in zip(roles, found, strict=True)]
                 if self._encoded(messages) == ids:
                     return messages[0]["content"] if len(messages) == 1 else messages
         return None
 
-    def _pattern(self, roles: tuple[str, ...]) -> re.Pattern[str] | None:
-        """What a conversation of these roles looks like, each content a group; None where the template refuses or repeats it."""
-        if roles not in self._patterns:
+    def _around(self, roles: tuple[str, ...]) -> list[str]:
+        """What the template writes before, between and after the contents of these roles; nothing where it refuses them or repeats a content."""
+        if roles not in self._parts:
             marked = [{"role": role, "content": f"\ue000{index}\ue001"} for index, role in enumerate(roles)]
             skeleton = self._render(marked)
             in_order = skeleton is not None and [int(place[1]) for place in _PLACE.finditer(skeleton)] == list(range(len(roles)))
-            parts = [re.escape(part) for part in _PLACE.sub("\ue000", skeleton).split("\ue000")] if skeleton is not None and in_order else []
-            self._patterns[roles] = re.compile(self._content.join(parts)) if parts else None
-        return self._patterns[roles]
+            self._parts[roles] = _PLACE.sub("\ue000", skeleton).split("\ue000") if skeleton is not None and in_order else []
+        return self._parts[roles]
 
     def _encoded(self, messages: list[dict[str, str]]) -> list[int] | None:
         text = self._render(messages)
@@ -55,3 +55,23 @@ class Reader:
         """The text as it is when prompts are tokenized; None where the template refuses these roles."""
         [text] = self._renderer.render([(messages, True)])
         return text if isinstance(text, str) else None
+
+
+def contents(text: str, around: Sequence[str], special: Sequence[int]) -> list[str] | None:
+    """What stands between the parts `around` it, which are all of the rest of `text`; None where they do not stand there in this order.
+
+    `special` says where special tokens start. A content holds none: those belong to the template, and a user's own are refused when prompts are
+    tokenized. Every part is taken where it first comes: later parts then have the most room, and one with a special token can stand nowhere else. So
+    there is nothing to go back to, and the time is linear in the text.
+    """
+    if not around or not text.startswith(around[0]) or not text.endswith(around[-1]):
+        return None
+    found, start, end = [], len(around[0]), len(text) - len(around[-1])
+    for part in [*around[1:-1], None]:
+        stop = end if part is None else text.find(part, start, end)
+        first = bisect_left(special, start)
+        if stop < start or (first < len(special) and special[first] < stop):
+            return None
+        found.append(text[start:stop])
+        start = stop + len(part or "")
+    return found

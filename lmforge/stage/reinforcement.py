@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from lmforge.errors import PlanError, Problem
 from lmforge.model.families import Weight
 from lmforge.registry import Key, node, register
-from lmforge.reward.nodes import Reward
+from lmforge.reward.nodes import Reward, RewardModel
 from lmforge.stage.base import Load, Tuning
 from lmforge.stage.reward import scalar_head
 from lmforge.step import Context
@@ -16,11 +16,17 @@ from lmforge.step import Context
 
 @node
 class Reinforcement(Tuning):
-    """Rollouts from the policy, scored by a reward, learned from in minibatches: a row is a prompt with its answer."""
+    """Rollouts from the policy, scored by a reward, learned from in minibatches: a row is a prompt with its answer.
+
+    Dropout is off, the models' and an adapter's: probability ratios are to the policy that was sampled, which has none.
+    """
 
     consumes = ("checkpoint", "tokens:prompt")
 
     reward: Annotated[Reward, Key("what an answer is worth")]
+    reward_from: Annotated[
+        str | None, Key("a trained reward model: a folder, a hub id or a run; null = the one that an earlier stage makes, where one is needed", identity=False)
+    ]
     max_new_tokens: Annotated[int, Key("longest answer; prompts get the rest of seq_len", "tokens", ge=1)]
     temperature: Annotated[float, Key("temperature that answers are drawn at, from the whole distribution; the loss is taken at the same one", gt=0)]
     epochs: Annotated[int, Key("passes over each rollout", ge=1)]
@@ -71,12 +77,22 @@ class Ppo(Reinforcement):
     entropy_coef: Annotated[float, Key("weight of an entropy bonus", ge=0)]
     whiten_advantages: Annotated[bool, Key("bring a rollout's advantages to mean 0 and variance 1")]
     whiten_rewards: Annotated[bool, Key("bring a rollout's rewards to variance 1")]
-    value_init: Annotated[Literal["reward", "policy"] | None, Key("what the value model starts from; null = a trained reward, else the policy")]
+    value_init: Annotated[
+        Literal["reward", "policy"] | None,
+        Key("values start from the reward model's scores (shifted and scaled where reward is that model by itself), or at 0; null = reward where one is used"),
+    ]
 
     def takes(self) -> tuple[str, ...]:
         """The reward model too, where the value model starts from it."""
         kinds = super().takes()
         return (*kinds, "reward_model") if self.value_init == "reward" and "reward_model" not in kinds else kinds
+
+    @property
+    def value_affine(self) -> tuple[float, float]:
+        """(shift, scale) from what the value model's head says to values, so that they start in the reward's units."""
+        if self.value_start == "reward" and isinstance(self.reward, RewardModel):
+            return self.reward.shift, self.reward.scale
+        return 0.0, 1.0
 
     @property
     def value_start(self) -> str:

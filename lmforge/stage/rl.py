@@ -88,4 +88,4 @@ def _grpo_options(stage: Grpo) -> GrpoOptions:
 def _critic(stage: Ppo, context: Context) -> Critic:
     """From the reward model, or from the policy's weights with a head of zeros: every value then starts at 0."""
     scorer: Any = build.scorer_from_folder(context.inputs["reward_model" if stage.value_start == "reward" else "checkpoint"])
-    return Critic(scorer if stage.adapter.trains_all else stage.adapter.attach(scorer, stage.seed))
+    return Critic(scorer if stage.adapter.trains_all else stage.adapter.attach(scorer, stage.seed), *stage.value_affine)

@@ -103,8 +103,9 @@ class Renderer:
             return reply
         assert self._child is not None
         code = self._child.wait()
-        timed = code == -signal.SIGPROF
-        return {"fatal": f"does not finish a conversation within {CPU_S:g} s of processor time" if timed else f"ended the process that renders it (exit code {code})"}
+        if code == -signal.SIGPROF:
+            return {"fatal": f"does not finish a conversation within {CPU_S:g} s of processor time"}
+        return {"fatal": f"ended the process that renders it (exit code {code})"}
 
     def _started(self) -> tuple[subprocess.Popen[bytes], _Lines]:
         if self._child is None or self._lines is None:

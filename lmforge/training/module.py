@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from lmforge.step import Report
-from lmforge.training import state
+from lmforge.training import dropout, state
 from lmforge.training.meter import Meter
 from lmforge.training.objective import Figured, Objective, Preparing, Resumable
 from lmforge.training.order import GlobalBatch
@@ -53,6 +53,8 @@ class TrainingModule(LightningModule):
 
     def on_train_start(self) -> None:
         self.model.train()  # from_pretrained leaves a model in evaluation mode
+        if not getattr(self.objective, "dropout", True):
+            dropout.switch_off(self.model)
         self.meter = Meter(self.device)
         self.vote = StopVote(self.device)
         enabled = self.recipe.loss_scale is not None

@@ -49,7 +49,8 @@ class Objective(Protocol):
         ...
 
 
-# What an objective may have besides; the training module asks for each by its methods.
+# What an objective may have besides; the training module asks for each by its methods. An objective with `dropout = False` is trained without dropout,
+# an adapter's included: it compares log-probs with those that a reference, or the policy of a rollout, gave without.
 
 
 @runtime_checkable

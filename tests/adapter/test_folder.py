@@ -186,6 +186,36 @@ def test_a_broken_folder_is_refused_in_one_line(base: Path, tokenizer: Path, tmp
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"target_modules": "(a+)+b"},
+        {"target_modules": ["q_proj", ".*"]},
+        {"target_modules": {"q_proj|v_proj": 1}},
+        {"target_modules": ["q_proj", 3]},
+        {"exclude_modules": "[qv]_proj"},
+        {"modules_to_save": ["lm_head$"]},
+        {"layers_pattern": "(layers|h)", "layers_to_transform": [0]},
+        {"rank_pattern": {"(.*)*v_proj": 4}},
+        {"alpha_pattern": {"^v_proj": 4}},
+    ],
+)
+def test_regular_expressions_of_a_file_are_not_run(base: Path, tokenizer: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
+    folder, _ = saved(base, tokenizer, tmp_path / "adapter")
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | keys))
+    with pytest.raises(CheckpointError, match=f"{next(iter(keys))} has .*, which is no plain name of a module") as caught:
+        open_adapter(open_model(base), folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_linear_of_an_adapter_from_elsewhere_is_taken(base: Path, tokenizer: Path, tmp_path: Path) -> None:
+    folder, expected = saved(base, tokenizer, tmp_path / "adapter", target_modules="all-linear")
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"target_modules": "all-linear"}))
+    assert (says(open_adapter(open_model(base), folder)) - expected).abs().max() < 2e-5
+
+
 def test_a_folder_is_replaced_whole(base: Path, tokenizer: Path, tmp_path: Path) -> None:
     folder, _ = saved(base, tokenizer, tmp_path / "adapter")
     (folder / "left_over").write_text("")

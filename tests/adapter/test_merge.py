@@ -99,7 +99,9 @@ def test_a_soft_prompt_goes_along(base: Path, tokenizer: Path, tmp_path: Path) -
     opened = open_model(out)
     assert (says(opened) - expected).abs().max() < 1e-5
     assert (out / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
-    assert (says(build.from_folder(out).eval()) - expected).abs().max() > 0.1  # the base alone
+    assert (says(build.from_folder(base).eval()) - expected).abs().max() > 0.1  # the base alone
+    with pytest.raises(CheckpointError, match="holds a soft prompt"):
+        build.from_folder(out)
     with pytest.raises(CheckpointError, match="has an adapter inside already"):
         merge(out, tmp_path / "adapter", tmp_path / "again")
 

@@ -118,7 +118,8 @@ def test_weights_from_outside_replace_an_adapter_that_is_not_merged_yet(plan_of:
     folder = tmp_path / "weights"
     folder.mkdir()
     sizes = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "num_attention_heads": 2, "max_position_embeddings": 256}
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-5} | sizes))
+    kind = {"model_type": "llama", "num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}
+    (folder / "config.json").write_text(json.dumps(kind | sizes))
     words = ("stage=[pretrain,sft,dpo]", "adapter=lora", f"stage.dpo.init_from={folder}", *NANO, "data=text", f"data.path={rows}", "eval=none")
     made = wiring(plan_of(*words))
     assert "sft.merge" not in made

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from lmforge.errors import CheckpointError
-from lmforge.inference.base import BLOCK_BYTES, check_base, identify, write_base
+from lmforge.inference.base import BLOCK_BYTES, check_base, identify, read_base, write_base
 
 
 def folder(path: Path, *files: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Path:
@@ -79,6 +80,32 @@ def test_the_same_weights_pass(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="was trained on another base: ") as caught:
         check_base(tmp_path, copy)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "four_bit",
+    [
+        {"quant_type": "int4", "double_quant": True},
+        {"quant_type": ["nf4"], "double_quant": True},
+        {"quant_type": "nf4", "double_quant": 1},
+        {"quant_type": "nf4", "double_quant": True, "blocksize": 64},
+        {"quant_type": "nf4"},
+        {},
+        "nf4",
+        ["quant_type", "double_quant"],
+        False,
+    ],
+)
+def test_what_4_bits_are_is_checked(four_bit: Any, checkpoint: Path, tmp_path: Path) -> None:
+    write_base(tmp_path, checkpoint, four_bit)
+    with pytest.raises(CheckpointError, match="four_bit is not null or quant_type nf4 or fp4") as caught:
+        read_base(tmp_path)
+    assert "\n" not in str(caught.value)
+    for fine in (None, {"quant_type": "fp4", "double_quant": False}):
+        write_base(tmp_path, checkpoint, fine)
+        said = read_base(tmp_path)
+        assert said is not None
+        assert said.four_bit == fine
 
 
 @pytest.mark.parametrize("spoil", ["cut", "header", "none"])

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-from lmforge.inference.rollout import Answers, rollout, uniforms
+from lmforge.inference.rollout import Answers, nucleus, rollout, uniforms
 
 VOCABULARY, PAD = 53, 0
 LENGTHS = (3, 9, 1, 6, 5)
@@ -106,6 +107,61 @@ def test_a_soft_prompt_stands_before_the_answer_once() -> None:
         torch.testing.assert_close(found.logprobs[row, : len(answer)], expected, rtol=0, atol=1e-5)
     plain = sampled(model.get_base_model(), prompts())
     assert not torch.equal(plain.ids, found.ids)  # it does something
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["plain", "soft prompt"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_several_answers_to_a_prompt_are_those_of_the_prompt_repeated(kind: str, soft: bool) -> None:
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = model_of(kind)
+    if soft:
+        model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.3, "stop_ids": [4, 9, 30], "pad_id": PAD, "noise": uniforms(5, 15, 12), "top_p": 0.9}
+    repeated = rollout(model, [one for one in prompts() for _ in range(3)], **options)
+    for batch in (64, 7, 1):  # all at once, two prompts, one prompt although it has more answers
+        found = rollout(model, prompts(), answers=3, batch=batch, **options)
+        assert torch.equal(found.ids, repeated.ids)
+        assert torch.equal(found.lengths, repeated.lengths)
+        assert torch.equal(found.ended, repeated.ended)
+        torch.testing.assert_close(found.logprobs, repeated.logprobs, rtol=0, atol=1e-4)
+
+
+def test_own_logprobs_are_those_at_temperature_1_of_the_whole_distribution() -> None:
+    model = model_of("llama").eval()
+    drawn = sampled(model, prompts(), top_p=0.8)
+    found = sampled(model, prompts(), top_p=0.8, own_logprobs=True)
+    assert torch.equal(found.ids, drawn.ids)
+    for row, (prompt, length) in enumerate(zip(prompts(), found.lengths.tolist(), strict=True)):
+        answer = found.ids[row, :length]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*prompt, *answer.tolist()]])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, answer[:, None])[:, 0]
+        torch.testing.assert_close(found.logprobs[row, :length], expected, rtol=0, atol=1e-5)
+        assert not found.logprobs[row, length:].any()
+        left = TopPLogitsWarper(0.8)(None, TemperatureLogitsWarper(1.3)(None, logits)).log_softmax(-1).gather(1, answer[:, None])[:, 0]
+        torch.testing.assert_close(drawn.logprobs[row, :length], left, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8), (1.5, 0.3), (1.0, 1e-6)])
+def test_what_is_drawn_from_is_what_transformers_warpers_leave(temperature: float, top_p: float) -> None:
+    logits = 2 * torch.randn(50, VOCABULARY, generator=torch.Generator().manual_seed(3))
+    wanted = TemperatureLogitsWarper(temperature)(None, logits)
+    found = nucleus(wanted.log_softmax(-1), top_p)
+    if top_p < 1:
+        wanted = TopPLogitsWarper(top_p)(None, wanted)
+    torch.testing.assert_close(found.exp(), wanted.softmax(-1), rtol=1e-5, atol=1e-6)
+    assert torch.equal(found.isinf(), wanted.isinf())
+
+
+def test_at_top_p_1_nothing_is_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("sorted")
+
+    monkeypatch.setattr(torch.Tensor, "sort", refuse)
+    sampled(model_of("llama"), prompts())
+    with pytest.raises(AssertionError, match="sorted"):
+        sampled(model_of("llama"), prompts(), top_p=0.9)
 
 
 def test_refusals() -> None:

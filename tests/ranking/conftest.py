@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,11 @@ HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=al
 
 def sampled(name: str, prompt: Prompt, *texts: str, reference: str | None = None) -> Sampled:
     return Sampled(name, prompt, tuple(Answer(text, len(text.split()) + 1, True, -1.5) for text in texts), reference)
+
+
+def halted(sample: Sampled, place: int) -> Sampled:
+    """The sample with one answer cut off at the longest length."""
+    return replace(sample, answers=tuple(replace(one, ended=one.ended and at != place) for at, one in enumerate(sample.answers)))
 
 
 SAMPLES = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from lmforge.ranking.ratings import Ratings
 from lmforge.reward.nodes import Episodes, Length, PythonParses, RewardModel
 from lmforge.tokenizer.markers import SPECIAL_TOKENS, TEMPLATE
 
-from .conftest import SAMPLES, sampled
+from .conftest import SAMPLES, halted, sampled
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
 FIT = [*SAMPLES[:2]]
@@ -74,7 +75,7 @@ def test_a_method_rates_under_its_name_and_says_nothing_twice(ratings: Ratings) 
 
 
 def test_a_verifiable_reward_prefers_the_answer_that_parses(tokenizer: Path) -> None:
-    samples = [sampled("a", "def f(x):", "    return x +\n", "    return x + 1\n"), sampled("b", "def g():", "    pass\n", "    ((\n", "    return 1\n")]
+    samples = [sampled("a", "def f(x):", "    return x +\n", "    return x + 1\n"), sampled("b", "def g():", "    return 2\n", "    ((\n", "    return 1\n")]
     scorer = PythonParses(min_nodes=1, max_chars=100, trimmed=False).open({})
     found = machine.by_reward(samples, scorer, tokenizer, quiet)
     assert [one.values for one in found] == [(0.0, 1.0), (1.0, 0.0, 1.0)]
@@ -103,6 +104,30 @@ def test_a_reward_is_given_what_the_policy_wrote(tokenizer: Path) -> None:
     assert episodes.prompts[3] == "abc"
     length = machine.by_reward(samples[:1], Length(target=1, unit="tokens").open({}), tokenizer, quiet)
     assert all(0 <= value <= 1 for value in length[0].values if value is not None)
+
+
+def test_a_cut_answer_is_neither_scored_nor_compared_and_is_counted(tokenizer: Path, tmp_path: Path, ratings: Ratings) -> None:
+    """Its ids would hold an end token that it never had. The others are scored as if it were not there."""
+    cut = [halted(SAMPLES[0], 1), SAMPLES[1], halted(SAMPLES[2], 0)]
+    whole = [replace(SAMPLES[0], answers=(SAMPLES[0].answers[0], SAMPLES[0].answers[2]))]
+    seen: list[str] = []
+
+    def scorer(episodes: Episodes) -> list[float]:
+        seen.extend(episodes.answers)
+        return [float(len(answer)) for answer in episodes.answers]
+
+    found = machine.by_reward(cut, scorer, tokenizer, quiet)
+    assert cut[0].answers[1].text not in seen
+    assert cut[2].answers[0].text not in seen
+    assert len(seen) == 6
+    assert [tuple(value is None for value in one.values) for one in found] == [(False, True, False), (False,) * 3, (True, False)]
+    judge = Judge(model_in(tmp_path / "judge", tokenizer, LlamaForCausalLM))
+    [judged, apart] = [judge.scores(one, quiet)[0] for one in (cut[:1], whole)]
+    assert judged.values[1] is None
+    assert (judged.values[0], judged.values[2]) == apart.values
+    account = machine.rank(cut, found, ratings, "reward:x", 0.0)
+    assert (account.prompts, account.pairs, account.unscored, account.cut) == (3, 2, 1, 2)
+    assert str(account) == "2 of 3 prompts give a pair, 1 without two scores; left out: 2 answers that were cut off"
 
 
 def test_a_reward_model_scores_at_the_end_token(tokenizer: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lmforge.ranking import pairs
 from lmforge.ranking.pairs import FIRST, SECOND, TIE
 from lmforge.ranking.ratings import Rating, Ratings
 
-from .conftest import HOSTILE, SAMPLES, sampled
+from .conftest import HOSTILE, SAMPLES, halted, sampled
 
 Rank = Callable[..., None]
 
@@ -63,6 +63,18 @@ def test_an_answer_of_white_space_makes_no_row(tmp_path: Path) -> None:
     ratings.append(Rating("a", "ann", ((0,), (1,)), "ranked"))
     found = pairs.preferences(samples, ratings, ["ann"])
     assert (found.rows, found.judged, found.empty) == ([], 1, 1)
+
+
+def test_a_cut_answer_makes_no_row_though_people_may_rank_it(ratings: Ratings, ranked: Rank) -> None:
+    """A row's answers get an end token in training, which this one never had."""
+    samples = [halted(SAMPLES[0], 1), SAMPLES[1]]
+    ranked("ann", "train-0", [[1], [0], [2]])
+    ranked("ann", "train-3", [[0], [1, 2]])
+    found = pairs.preferences(samples, ratings, ["ann"])
+    assert [row["source"] for row in found.rows] == ["train-0:0-2", "train-3:0-1", "train-3:0-2"]
+    assert samples[0].answers[1].text not in {row[side] for row in found.rows for side in ("chosen", "rejected")}
+    assert (found.judged, found.ties, found.cut) == (6, 1, 2)
+    assert str(found) == "3 preference rows of 6 pairs judged; left out: 1 ties, 2 with an answer that was cut off"
 
 
 def test_kappa_is_the_textbooks() -> None:

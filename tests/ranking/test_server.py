@@ -205,6 +205,10 @@ def test_a_body_too_large_or_broken_is_refused(client: Client, ratings: Ratings)
     with socket.create_connection((ADDRESS, client.port), timeout=10) as raw:
         raw.sendall(f"{head}\r\n".encode())
         assert b" 411 " in raw.recv(4096)
+    for length in ("-1", "+1", "1e3", "", "12345678", "9" * 5000, "\u0661\u0662"):
+        with socket.create_connection((ADDRESS, client.port), timeout=10) as raw:
+            raw.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode())
+            assert b" 400 " in raw.recv(4096), length
     assert client.send("PUT", path, b"{}", JSON).status == 501
     assert not ratings.file.exists()
 

@@ -80,6 +80,18 @@ def test_the_least_number_of_nodes_is_of_the_answer_alone() -> None:
     assert scored("python_parses", answer, prompt=prompt, min_nodes=7) == [0.0]
 
 
+LITERALS = ["1, 2, 3, 4, 5, 6", "'a'\n{i}'b'\n{i}'c'\n{i}'d'\n{i}'e'", "-1 + 2 * (3, 4) == [5] and {{6: f'{{7}}'}}", "pass\n{i}pass\n{i}(1, 2, 3, 4, 5)"]
+
+
+@pytest.mark.parametrize("answer", LITERALS)
+def test_bare_literals_are_no_code(answer: str) -> None:
+    """In a definition and without one; one of them beside code adds nothing to it."""
+    assert scored("python_parses", "    " + answer.format(i="    ")) == [0.0]
+    assert scored("python_parses", answer.format(i=""), prompt="Write some code.") == [0.0]
+    code = answer.format(i="    ") + "\n    return a + b + c"
+    assert [scored("python_parses", "    " + code, min_nodes=least) for least in (6, 7)] == [[1.0], [0.0]]
+
+
 def test_what_a_template_leaves_around_the_prompt_does_not_matter() -> None:
     for before, after in (("user\n", "\nassistant\n"), ("You are a helper; answer in code!\nuser\n", "\nassistant\n"), ("", "\n\n")):
         assert scored("python_parses", BODY, "    return", prompt=before + PROMPT + after) == [1.0, 0.0]
@@ -145,6 +157,11 @@ def test_nothing_is_executed(tmp_path: Path) -> None:
         ("last_line", "", "Paris", 0.0),
         ("last_number", "2 + 2 is 1,234.50, so 1234.5.", "#### 1,234.5", 1.0),
         ("last_number", "it is -7", "7", 0.0),
+        ("last_number", "it is -7", "-7", 1.0),
+        ("last_number", "3-5", "5", 1.0),  # a range or a difference: no sign
+        ("last_number", "x-5", "5", 1.0),
+        ("last_number", "3 - -5", "-5", 1.0),
+        ("last_number", "+5", "5", 1.0),
         ("last_number", "none", "7", 0.0),
         ("boxed", "so \\boxed{1}, no: \\boxed{\\frac{1}{2}}.", "we get \\boxed{\\frac{1}{2}}", 1.0),
         ("boxed", "\\boxed{ 42 }", "42", 1.0),
@@ -165,6 +182,19 @@ def test_a_prompt_without_a_reference_is_named() -> None:
         scored("exact_match", "a", "b", references=["a", None])
     with pytest.raises(DataError, match=r"the reference 'many' of the prompt .* has nothing that extract=last_number finds"):
         scored("exact_match", "a", references=["many"], extract="last_number")
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_references_are_looked_at_before_any_answer(within: bool) -> None:
+    parts = {"right": encode(make("exact_match", extract="last_number")), "parses": encode(make("python_parses"))}
+    reward = make("sum", rewards=parts, weights=dict.fromkeys(parts, 1.0)) if within else make("exact_match", extract="last_number")
+    scorer, where = reward.open({}), r"reward\.rewards\.right=exact_match" if within else "reward=exact_match"
+    scorer.check(["7", "so -1"], "train")
+    with pytest.raises(DataError, match=rf'{where}: prompt 2 \(from 0\) of train has no reference answer; give its row an "answer"'):
+        scorer.check(["7", "8", None], "train")
+    with pytest.raises(DataError, match=rf"{where}: the reference 'many' of prompt 1 \(from 0\) of heldout has nothing that extract=last_number finds; choose"):
+        scorer.check(["7", "many", None], "heldout")
+    make("python_parses").open({}).check([None], "train")  # needs none
 
 
 # regex, length, repetition

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lmforge.reward.nodes import Episodes, PythonParses
 from tests.runtime.conftest import SMALL, Run
 
 TRAINED = ("pretrain", "sft", "reward", "ppo", "grpo", "dpo", "ipo", "hinge", "kto", "orpo", "simpo")
@@ -19,7 +21,7 @@ stage:
 {stages}
   ppo: {{max_new_tokens: 12, epochs: 2, minibatches: 2, eval_prompts: 8, sample_every: 1, budget: {{steps: 5}}, log_every: 1, optimizer: {batch}}}
   grpo: {{max_new_tokens: 12, group_size: 4, minibatches: 2, eval_prompts: 8, budget: {{steps: 3}}, log_every: 1, optimizer: {batch}}}
-  sample: {{prompts: 6, answers: 3, max_new_tokens: 8}}
+  sample: {{prompts: 16, answers: 16, max_new_tokens: 32}}
 """
 BATCH = "{global_batch_tokens: 512, lr: 1e-3}"
 ROW = "  {name}: {{budget: {{steps: 2}}, log_every: 1, optimizer: {batch}}}"
@@ -80,8 +82,26 @@ def test_rl_logs_what_people_look_for_and_compares_held_out_rewards(ran: tuple[P
         found = metrics(cwd, name)
         assert found["heldout_reward_gain"] == pytest.approx(found["heldout_reward"] - found["heldout_reward_start"], abs=1e-6)
         assert found["heldout_kl_per_token"] >= 0
-    tables = [json.loads(line) for line in (step(cwd, "ppo") / "samples.jsonl").read_text().splitlines()]
-    assert any("reward" in table["columns"] if "columns" in table else "reward" in json.dumps(table) for table in tables)
+
+
+@pytest.mark.parametrize(("name", "shown"), [("ppo", [0, 4]), ("grpo", [0])])
+def test_tables_of_answers_hold_what_the_figures_are_made_of(name: str, shown: list[int], ran: tuple[Path, tuple[str, ...]]) -> None:
+    """The last table holds all 8 held-out answers, so the mean of its rewards is the figure; and GRPO's rule gives each its reward again."""
+    cwd, _ = ran
+    *training, heldout = [json.loads(line) for line in (step(cwd, name) / "samples.jsonl").read_text().splitlines()]
+    assert [(table["title"], table["rows"][0]["step"]) for table in training] == [("generations", at) for at in shown]
+    assert all(list(row) == ["step", "prompt", "answer", "reward"] for table in training for row in table["rows"])
+    assert heldout["title"] == "held-out generations"
+    assert all(list(row) == ["prompt", "answer", "reward"] for row in heldout["rows"])
+    rewards, found = [row["reward"] for row in heldout["rows"]], metrics(cwd, name)
+    assert len(rewards) == len({row["prompt"] for row in heldout["rows"]}) == found["heldout_prompts"] == 8
+    assert found["heldout_reward"] == pytest.approx(sum(rewards) / 8, abs=1e-7)
+    if name == "ppo":
+        assert len(set(rewards)) > 1
+    else:
+        rule = PythonParses(min_nodes=5, max_chars=4096, trimmed=False).open({})
+        texts = [[row[key] for row in heldout["rows"]] for key in ("prompt", "answer")]
+        assert rule(Episodes(*texts, references=[None] * 8, ids=[[]] * 8, starts=[0] * 8)) == rewards
 
 
 def test_the_summary_says_what_was_learned_and_what_to_type_next(ran: tuple[Path, tuple[str, ...]]) -> None:
@@ -111,9 +131,10 @@ def test_an_adapter_is_an_artifact_and_its_merge_a_plain_checkpoint(ran: tuple[P
     cwd, common = ran
     lmforge(*common, "stage=[pretrain,dpo]", "adapter=lora", "adapter.r=2", "eval=perplexity", "eval.max_tokens=500", "eval.max_pairs=8", cwd=cwd)
     base, adapter = step(cwd, "pretrain") / "checkpoint", step(cwd, "dpo") / "adapter"
-    assert sum(value.numel() for value in load_file(adapter / "adapter_model.safetensors").values()) == json.loads(
-        (step(cwd, "dpo") / "step.json").read_text()
-    )["predicted"]["params_trainable"]
+    assert (
+        sum(value.numel() for value in load_file(adapter / "adapter_model.safetensors").values())
+        == json.loads((step(cwd, "dpo") / "step.json").read_text())["predicted"]["params_trainable"]
+    )
     ids = torch.arange(3, 40)[None]
     unmerged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
     merged = AutoModelForCausalLM.from_pretrained(step(cwd, "dpo.merge") / "checkpoint")
@@ -126,9 +147,23 @@ def test_an_adapter_is_an_artifact_and_its_merge_a_plain_checkpoint(ran: tuple[P
 
 
 def test_ranked_samples_are_preference_data(ran: tuple[Path, tuple[str, ...]], lmforge: Run) -> None:
+    """The answers that ended by themselves, about one in ten of a model that knows nothing, become pairs, and the policy that gave them learns from them."""
     cwd, _ = ran
     name = step(cwd, "sample").name
-    lmforge("rank", name, "--by", "length", "--export", "mine.jsonl", cwd=cwd)
-    rows = [json.loads(line) for line in (cwd / "mine.jsonl").read_text().splitlines()]
-    assert rows
-    assert {"prompt", "chosen", "rejected"} <= rows[0].keys()
+    said = lmforge("rank", name, "--by", "length", "--export", "mine.jsonl", cwd=cwd).stdout
+    drawn = [answer for line in (step(cwd, "sample") / "samples/samples.jsonl").read_text().strip().split("\n") for answer in json.loads(line)["answers"]]
+    ended = {answer["text"] for answer in drawn if answer["ended"]}
+    assert f"left out: {sum(not answer['ended'] for answer in drawn):,} answers that were cut off" in said
+    rows = [json.loads(line) for line in (cwd / "mine.jsonl").read_text().strip().split("\n")]
+    assert {row[side] for row in rows for side in ("chosen", "rejected")} <= ended
+    policy = step(cwd, "sft") / "checkpoint"
+    words = ("stage=dpo", f"stage.dpo.init_from={policy}", "data=text", "data.path=mine.jsonl", "data.heldout_fraction=0.3", "eval=none", "track=none")
+    lmforge("--config-dir", "conf", "experiment=tiny", *SMALL, *words, "stage.dpo.budget.steps=1", "output=ranked", cwd=cwd)
+    [folder] = (cwd / "ranked/steps").glob("dpo-*")
+    [first] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)  # policy and reference are one
+    found = json.loads((folder / "step.json").read_text())["metrics"]
+    assert found["steps"] == 1
+    assert found["grad_norm"] > 0
+    [tokens] = (cwd / "ranked/steps").glob("tokens.preference-*/tokens/meta.json")
+    assert sum(json.loads(tokens.read_text())["rows"].values()) == len(rows)

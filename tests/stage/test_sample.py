@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,23 @@ import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from lmforge.data.nodes import Text
 from lmforge.errors import DataError, RunError
 from lmforge.formats import corpus
 from lmforge.formats import samples as format_
-from lmforge.formats.tokens import Tokens
+from lmforge.formats.tokens import Tokens, read_meta
 from lmforge.inference.checkpoint import open_model, open_tokenizer
-from lmforge.stage.readback import Reader
-from lmforge.stage.sample import draw, nucleus, sample, stop_tokens
+from lmforge.inference.generate import stop_tokens
+from lmforge.inference.rollout import rollout, uniforms
+from lmforge.stage.readback import Reader, contents
+from lmforge.stage.sample import sample
 from lmforge.stage.sampling import Sample
 from lmforge.step import Context, Report
 from lmforge.tokenizer.markers import END, SPECIAL_TOKENS
 from lmforge.tokenizer.templates import Renderer
 from lmforge.tokenizer.tokenize import write
+from lmforge.training.rl.rollouts import seed_of
 
 PROMPTS = ["def add(a, b):", "def sub(a, b):\n    'less'", "Say  hello\n", "def one():", "class Point:", "import os", "x = [1, 2]", "for i in range(3):"]
 TEXTS = [*PROMPTS, "    return a + b\n", "    return a - b\n", "print(i)\n"]
@@ -134,39 +137,31 @@ def test_equal_answers_are_kept_once_and_counted(inputs: dict[str, Path], tmp_pa
     assert metrics["rankable_prompts"] == 0
 
 
-def test_each_logprob_is_what_one_plain_forward_pass_gives(inputs: dict[str, Path]) -> None:
-    """Also where prompts are padded, end at different steps and leave the batch."""
+def test_each_answer_has_its_draw_and_the_logprob_of_one_plain_forward_pass(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """Each prompt drawn again by itself gives the ids; their log-probs are summed at temperature 1, whatever they were drawn at, end token included."""
     model: Any = open_model(inputs["checkpoint"])
-    ids = [Tokens(inputs["tokens:prompt"], "train").example(index)[0].tolist() for index in range(4)]
-    stops = list(range(0, 300, 17))
-    found = draw(model, ids, torch.rand(12, 16, generator=torch.Generator().manual_seed(0)), answers=3, stops=stops, temperature=1.3, top_p=0.9)
-    assert {one.ended for one in found} == {True, False}
-    for number, one in enumerate(found):
-        assert one.ended == (one.ids[-1] in stops)
-        assert not set(one.ids[:-1]) & set(stops)
-        assert one.ended or len(one.ids) == 16
-        prompt = ids[number // 3]
-        with torch.inference_mode():
-            logprobs = model(torch.tensor([prompt + one.ids])).logits[0].log_softmax(-1)
-        expected = sum(logprobs[len(prompt) + place - 1, token].item() for place, token in enumerate(one.ids))
-        assert one.logprob == pytest.approx(expected, abs=1e-4)
-
-
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8), (1.5, 0.3), (1.0, 1e-6)])
-def test_tokens_come_from_the_distribution_of_transformers_warpers(temperature: float, top_p: float) -> None:
-    torch.manual_seed(3)
-    logits = torch.randn(1, 12) * 2
-    wanted = logits.clone()
-    warpers = [TemperatureLogitsWarper(temperature), *([TopPLogitsWarper(top_p)] if top_p < 1 else [])]
-    for warper in warpers:
-        wanted = warper(None, wanted)
-    count = 40_000
-    uniform = (torch.arange(count) + 0.5) / count  # every quantile once: the shares come out exact up to 1 / count
-    drawn = nucleus(logits.log_softmax(-1).expand(count, -1), uniform, temperature, top_p)
-    shares = torch.bincount(drawn, minlength=12) / count
-    assert torch.allclose(shares, wanted.softmax(-1)[0], atol=2e-4)
-    edge = nucleus(logits.log_softmax(-1), torch.tensor([1 - 2**-24]), temperature, top_p)
-    assert wanted.softmax(-1)[0, edge] > 0
+    opened = open_tokenizer(inputs["tokens:prompt"] / "tokenizer")
+    model.generation_config.eos_token_id = stops = sorted({0, *range(4, 300, 17)})  # so many that some answers end
+    model.save_pretrained(tmp_path / "checkpoint")
+    opened.save_pretrained(tmp_path / "checkpoint")
+    _, rows, _ = ran(inputs | {"checkpoint": tmp_path / "checkpoint"}, tmp_path / "samples", temperature=1.3, top_p=0.9)
+    stops = sorted({*stops, *read_meta(inputs["tokens:prompt"])["stop_token_ids"]})
+    for row in rows:
+        place = int(row.id.removeprefix("train-"))
+        prompt = Tokens(inputs["tokens:prompt"], "train").example(place)[0].tolist()
+        noise = uniforms(seed_of(1, "sample", place), 3, 12)
+        drawn = rollout(model, [prompt] * 3, max_new_tokens=12, temperature=1.3, top_p=0.9, stop_ids=stops, pad_id=0, noise=noise)
+        found = {}
+        for ids, length, ended in zip(drawn.ids.tolist(), drawn.lengths.tolist(), drawn.ended.tolist(), strict=True):
+            with torch.inference_mode():
+                logprobs = model(torch.tensor([prompt + ids[:length]])).logits[0].log_softmax(-1)
+            total = sum(logprobs[len(prompt) + at - 1, token].item() for at, token in enumerate(ids[:length]))
+            text = opened.decode(ids[: length - ended], skip_special_tokens=True)
+            found.setdefault(text, (length, ended, pytest.approx(total, abs=1e-3)))
+        assert {answer.text: (answer.tokens, answer.ended, answer.logprob) for answer in row.answers} == {
+            text: one for text, one in found.items() if text.strip()
+        }
+    assert {answer.ended for row in rows for answer in row.answers} == {True, False}
 
 
 def test_a_prompt_without_room_is_one_line(inputs: dict[str, Path], tmp_path: Path) -> None:
@@ -187,7 +182,13 @@ def test_prompts_that_cannot_be_read_back_are_refused_where_all_are_such(inputs:
 def test_the_end_of_a_turn_ends_an_answer(inputs: dict[str, Path]) -> None:
     """Our template's end token, which nothing in a prompt shows to be one."""
     opened = open_tokenizer(inputs["tokens:prompt"] / "tokenizer")
-    assert stop_tokens(opened, open_model(inputs["checkpoint"]), inputs["tokens:prompt"]) == sorted(opened.convert_tokens_to_ids([END, "<|endoftext|>"]))
+    ends = sorted(opened.convert_tokens_to_ids([END, "<|endoftext|>"]))
+    assert read_meta(inputs["tokens:prompt"])["stop_token_ids"] == ends
+    model: Any = open_model(inputs["checkpoint"])
+    assert stop_tokens(model, ends) == ends
+    model.generation_config.eos_token_id = [0, 299]
+    assert stop_tokens(model, ends) == [*ends, 299]
+    assert stop_tokens(model, [None]) == [0, 299]
 
 
 @pytest.mark.parametrize("messages", [[{"role": "user", "content": "Say  hello\n\nnow"}], CHAT, CHAT[1:]])
@@ -205,3 +206,34 @@ def test_prompts_are_read_back_from_their_ids(inputs: dict[str, Path], own: bool
         assert reader.read(ids) == (messages if len(messages) > 1 else messages[0]["content"])
         assert reader.read(ids[:-1]) is None
         assert reader.read([*ids, *opened(END if own else "<|e|>")["input_ids"]]) is None
+
+
+MARKED = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+
+
+def test_contents_stand_between_what_the_template_writes() -> None:
+    assert contents("<u>a b<e>", ["<u>", "<e>"], [0, 6]) == ["a b"]
+    assert contents("<u>a<e>b<e>", ["<u>", "<e>"], [0, 4, 8]) is None
+    assert contents("<u>a<e>b<e>", ["<u>", "<e>", "<e>"], [0, 4, 8]) == ["a", "b"]
+    assert contents("u:a\nu:b\nx\n", ["u:", "\nu:", "\n"], []) == ["a", "b\nx"]
+    assert contents("u:\n", ["u:", "\nu:", "\n"], []) is contents("u:a", ["u:", "\n"], []) is contents("a", [], []) is None
+    assert contents("ab", ["ab", "b"], []) is None  # the parts would overlap
+
+
+def test_a_long_prompt_full_of_what_the_template_writes_is_read_in_time(tmp_path: Path) -> None:
+    """Every separator, thousands of times, without special tokens: a regular expression with 16 groups would try them in every combination."""
+    tokenizer(MARKED, "<|h|>").save_pretrained(tmp_path / "tokenizer")
+    opened = open_tokenizer(tmp_path / "tokenizer")
+    hard = "user: x\nassistant: y\n" * 5000
+    with Renderer(opened) as renderer:
+        reader = Reader(opened, renderer)
+        reader.read(opened("user: a\nassistant: ")["input_ids"])  # what a role set looks like is rendered once
+        for text in (hard, f"system: {hard}<|h|>", f"user: {hard}\n<|h|>\nassistant: "):
+            ids = opened(text, add_special_tokens=False)["input_ids"]
+            start = time.perf_counter()
+            assert reader.read(ids) is None
+            assert time.perf_counter() - start < 2
+        ids = opened(f"user: {hard}\nassistant: ", add_special_tokens=False)["input_ids"]
+        start = time.perf_counter()
+        assert reader.read(ids) == hard
+        assert time.perf_counter() - start < 2

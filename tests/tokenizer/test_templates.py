@@ -144,7 +144,7 @@ def test_the_tokenize_step_ends_in_one_line_and_leaves_nothing(kit: SimpleNamesp
     for file in bpe.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     (folder / "chat_template.jinja").write_text(DOUBLING)
-    with pytest.raises(DataError, match="chat template of .*: takes more than 512 MiB"):
+    with pytest.raises(DataError, match=r"chat template of .*: takes more than 512 MiB"):
         kit.tokenize(small_corpus, folder, tmp_path / "tokens", "chat")
     assert [path for path in (tmp_path / "tokens").rglob("*") if path.is_file()] == []
 

@@ -22,6 +22,7 @@ from lmforge.training.objectives.causal_lm import CausalLM
 from lmforge.training.objectives.kto import FeedbackRows, Kto
 from lmforge.training.objectives.preference import Preference, logprobs
 from lmforge.training.objectives.reward import BradleyTerry
+from lmforge.training.objectives.whole_nll import WholeNll
 from lmforge.training.order import StepData
 from lmforge.training.scoring import evaluate
 
@@ -86,6 +87,7 @@ def objectives(preference: Path, feedback: Path, folder: Path) -> dict[str, Obje
         "simpo": partial(simpo, beta=2.0, gamma=0.5),
     }
     paired = {name: Preference(preference, None if name in ("orpo", "simpo") else folder / "pairs", loss) for name, loss in losses.items()}
+    paired["orpo-whole"] = WholeNll(preference, None, losses["orpo"])
     return {**paired, "kto": Kto(feedback, folder, 0.3, 1.5, 0.7), "reward": BradleyTerry(preference, 0.5, 0.1)}
 
 
@@ -109,7 +111,7 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None
         torch.testing.assert_close(one, theirs[name], rtol=1e-6, atol=1e-6 * max(1.0, float(one.abs().max())))
 
 
-@pytest.mark.parametrize("name", ["dpo", "ipo", "hinge", "orpo", "simpo", "kto", "reward"])
+@pytest.mark.parametrize("name", ["dpo", "ipo", "hinge", "orpo", "orpo-whole", "simpo", "kto", "reward"])
 def test_gradients_do_not_depend_on_the_accumulation(name: str, preference: Path, feedback: Path, tmp_path: Path) -> None:
     objective = objectives(preference, feedback, tmp_path)[name]
     model = tiny_run.tiny_reward_model() if name == "reward" else tiny_run.tiny_llama()
@@ -193,7 +195,7 @@ def test_reward_model_learns_pairs_through_fit(preference: Path, tmp_path: Path)
     assert after["margin"] > before["margin"]
 
 
-@pytest.mark.parametrize("name", ["dpo", "orpo", "kto"])
+@pytest.mark.parametrize("name", ["dpo", "orpo", "orpo-whole", "kto"])
 def test_training_moves_the_rewards_apart(name: str, preference: Path, feedback: Path, tmp_path: Path) -> None:
     objective, model = objectives(preference, feedback, tmp_path)[name], tiny_run.tiny_llama()
     before = evaluate(objective, model, "train", 16)

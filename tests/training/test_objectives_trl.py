@@ -28,6 +28,7 @@ from lmforge.training.objectives.causal_lm import CausalLM
 from lmforge.training.objectives.kto import Kto
 from lmforge.training.objectives.preference import Preference
 from lmforge.training.objectives.reward import BradleyTerry
+from lmforge.training.objectives.whole_nll import WholeNll
 from lmforge.training.order import GlobalBatch
 
 PAIRS = [("w1 w2", " w3 w4 w5", " w6"), ("w7 w8 w9", " w10", " w11 w12"), ("w20", " w21 w22", " w23 w24 w25 w26")]
@@ -178,6 +179,20 @@ def test_simpo_is_cpo_trainers(tmp_path: Path) -> None:
     metrics = agree(Preference(tokens, None, partial(simpo, beta=2.0, gamma=0.7)), model, expected)
     shared = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
     assert {name: metrics[name] for name in shared} == pytest.approx({name: logged[name] for name in shared}, abs=1e-5)
+
+
+def test_orpo_over_the_prompt_is_orpo_trainers(tmp_path: Path) -> None:
+    """The NLL of the chosen example's every token, weighted by tokens; prompts and answers of uneven length."""
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    model = policy()
+    trainer = ORPOTrainer(model, options(ORPOConfig, tmp_path, beta=0.7), train_dataset=rows_of(PAIRS), processing_class=words())
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])
+    expected, logged = trainer.get_batch_loss_metrics(model, batch)
+    metrics = agree(WholeNll(pair_tokens(tmp_path / "tokens", *experimental(batch)), None, partial(orpo, beta=0.7)), model, expected)
+    assert metrics["nll/chosen"] == pytest.approx(logged["nll_loss"], abs=1e-5)
+    shared = {"rewards/accuracies"}
+    assert {name: metrics[name] for name in shared} == pytest.approx({name: logged[name] for name in shared})
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -12,7 +12,7 @@ import pytest
 import tiny_run
 import torch
 
-from lmforge.training.losses import policy
+from lmforge.training.losses import policy, tokens
 from lmforge.training.rl.rollouts import Rollout
 from lmforge.training.rl.tokens import layout, logprobs
 
@@ -31,6 +31,34 @@ def test_logprobs_and_entropy_are_those_of_the_softened_distribution() -> None:
     expected = torch.distributions.Categorical(logits=logits / 0.7)
     torch.testing.assert_close(policy.token_logprobs(logits, ids, 0.7), expected.log_prob(ids))
     torch.testing.assert_close(policy.entropy(logits, 0.7), expected.entropy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_chunks_of_logprobs_and_entropy_are_the_plain_forms(dtype: torch.dtype, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients, with chunks of two tokens of eleven logits; the logits are left as they were."""
+    monkeypatch.setitem(tokens.CHUNK_BYTES, "cpu", 2 * 4 * 11)
+    logits, ids, weights = draw(5, 11, scale=3.0).to(dtype).requires_grad_(), torch.randint(11, (5,)), draw(5, seed=2)
+    before = logits.detach().clone()
+    plain = (logits.float() / temperature).log_softmax(-1)
+    expected = {"logprobs": plain.gather(1, ids[:, None])[:, 0], "entropy": -(plain.exp() * plain).sum(-1)}
+    ours = {"logprobs": policy.token_logprobs(logits, ids, temperature), "entropy": policy.entropy(logits, temperature)}
+    for name, one in ours.items():
+        torch.testing.assert_close(one, expected[name], rtol=1e-6, atol=1e-6)
+        gradient, wanted = (torch.autograd.grad((value * weights).sum(), logits, retain_graph=True)[0] for value in (one, expected[name]))
+        assert gradient.dtype == dtype
+        assert float(wanted.abs().max()) > 0.1
+        torch.testing.assert_close(gradient, wanted, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6 if dtype == torch.float32 else 1e-3)
+    torch.testing.assert_close(logits.detach(), before, rtol=0, atol=0)
+
+
+def test_no_copy_of_all_logits_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved for the backward pass is the logits themselves, and one number a token."""
+    logits, ids, kept = draw(40, 50).bfloat16().requires_grad_(), torch.randint(50, (40,)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+        policy.token_logprobs(logits, ids, 0.7)
+        policy.entropy(logits, 0.7)
+    assert all(one.data_ptr() == logits.data_ptr() or one.numel() <= 40 for one in kept)
 
 
 def test_kl_estimators_by_hand_and_in_expectation() -> None:

@@ -15,12 +15,14 @@ import torch
 from lmforge.errors import DataError
 from lmforge.formats.tokens import Tokens
 from lmforge.reward.checked import Checked, Weighted
-from lmforge.reward.nodes import Episodes
+from lmforge.reward.nodes import Episodes, ExactMatch
 from lmforge.training.order import StepData
+from lmforge.training.rl import grpo
 from lmforge.training.rl.actor_critic import Critic
 from lmforge.training.rl.heldout import compare
 from lmforge.training.rl.reference import frozen
 from lmforge.training.rl.rollouts import Rollout, Rollouts, Sampling, seed_of
+from lmforge.training.rl.tokens import of_rollout
 
 TEMPERATURE = 0.8
 
@@ -147,6 +149,42 @@ def test_the_loss_of_grpo_by_loops(loss_type: str, prompts: Path) -> None:
     assert 0 < metrics["clip_fraction"] == pytest.approx(clipped / sum(counts))
 
 
+def test_one_step_a_rollout_needs_no_pass_for_the_policys_own_logprobs(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient and the metrics are those with the pass; and one pass of the rollout is left, the reference's."""
+    found = []
+    for told in (None, False):
+        policy = likely_to_end(tiny_run.tiny_llama())
+        with monkeypatch.context() as patch:
+            passes: list[Any] = []
+            patch.setattr(grpo, "of_rollout", lambda *args, passes=passes: passes.append(args) or of_rollout(*args))
+            scorer = Checked("reward=size", sizes)
+            objective, model = tiny_rl.parts("grpo", prompts, policy=policy, scorer=scorer, max_new_tokens=9, epochs=1, minibatches=1)
+            objective.reference = frozen(tiny_run.tiny_llama(layers=1))
+            assert objective.on_policy
+            objective.on_policy = told is None
+            data = StepData(objective, objective.dataset("train"), rows_per_step=8, micro_batch_size=3, seed=0, rank=0, world=1)
+            with torch.no_grad():
+                batch = objective.prepare(model, data[0])
+            assert len(passes) == (1 if told is None else 2)
+        parts = [objective.loss(model, one) for one in batch.micro_batches]
+        gradient = torch.autograd.grad(sum(one.sum for one in parts), list(model.parameters()))
+        names = {name for one in parts for name in one.metrics}
+        found.append((gradient, {**{name: sum(float(one.metrics[name]) for one in parts) / 8 for name in names}, **objective.figures()}))
+    (gradient, metrics), (wanted, others) = found
+    assert max(float(one.abs().max()) for one in wanted) > 1e-3
+    for one, other in zip(gradient, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    assert metrics["kl"] > 1e-3
+    assert metrics == pytest.approx(others, rel=1e-5, abs=1e-6)
+
+
+def test_references_are_looked_at_when_the_rollouts_are_set_up(prompts: Path) -> None:
+    """Every other prompt here has one."""
+    reward = ExactMatch(extract="whole", ignore_case=False).open({})
+    with pytest.raises(DataError, match=r"^data error: reward=exact_match: prompt 0 \(from 0\) of heldout has no reference answer; give its row"):
+        Rollouts(prompts, "heldout", reward, Sampling(4, 1.0))
+
+
 def test_the_loss_of_ppo_by_loops(prompts: Path) -> None:
     start = likely_to_end(tiny_run.tiny_llama())
     options = {"whiten_advantages": False, "gamma": 0.9, "gae_lambda": 0.8, "kl_coef": 0.3}
@@ -236,7 +274,7 @@ def test_the_critic_is_the_reward_model_at_every_token(virtual: int) -> None:
     scorer = LlamaForSequenceClassification(config).eval()
     if virtual:
         scorer = get_peft_model(scorer, PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=virtual)).eval()
-    critic, ids = Critic(scorer), torch.randint(1, tiny_run.VOCABULARY, (1, 7))
+    critic, ids = Critic(scorer, 0.0, 1.0), torch.randint(1, tiny_run.VOCABULARY, (1, 7))
     batch = {"input_ids": ids, "position_ids": torch.arange(7)[None], "keep": torch.arange(2, 7)}
     with torch.no_grad():
         expected = torch.cat([scorer(input_ids=ids[:, : end + 1]).logits[0] for end in range(2, 7)])

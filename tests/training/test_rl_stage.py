@@ -20,7 +20,7 @@ from lmforge.adapter.nodes import Adapter
 from lmforge.codec import decode
 from lmforge.precision.nodes import Precision
 from lmforge.registry import register
-from lmforge.reward.nodes import Reward
+from lmforge.reward.nodes import Episodes, Reward
 from lmforge.stage.base import Budget
 from lmforge.stage.nodes import Grpo, Ppo
 from lmforge.step import Context
@@ -50,7 +50,7 @@ def stage(kind: str, adapter: str = "none", steps: int = 24, **changes: Any) -> 
         "parallel": tiny_run.parallel(), "log_every": 4, "save_every_s": 1e9, "adapter": option(Adapter, f"adapter/{adapter}.yaml"), "reward": Share(),
         "max_new_tokens": 6, "temperature": 1.0, "epochs": 2, "minibatches": 2, "missing_eos_penalty": None, "eval_prompts": 20, "sample_every": 8,
     }  # fmt: skip
-    own = {name: value for name, value in tiny_rl.OPTIONS[kind].items() if name != "unbiased_kl"}
+    own = tiny_rl.OPTIONS[kind]
     return Ppo(**{**keys, **own, "value_init": None, **changes}) if kind == "ppo" else Grpo(**{**keys, **own, **changes})
 
 
@@ -102,6 +102,21 @@ def test_what_the_value_model_starts_from(value_init: str | None, begins: str, i
     found = critic.scorer.state_dict()
     assert all(torch.equal(value, saved[name]) for name, value in found.items() if not name.startswith("score"))
     assert torch.equal(found["score.weight"], saved.get("score.weight", torch.zeros(1, 32)))
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_values_start_in_the_rewards_units(adapter: str, inputs: dict[str, Path], tmp_path: Path) -> None:
+    """After an answer's last token the value is the very reward; from the policy, or under another reward, there is nothing to shift."""
+    reward = option(Reward, "reward/model.yaml", shift=0.7, scale=-3.0)
+    context = Context(step="ppo", folder=tmp_path, out=tmp_path, inputs=inputs)
+    critic = rl._critic(stage("ppo", adapter, reward=reward), context).eval()
+    ids = torch.tensor([[5, 9, 11, 3]])
+    batch = {"input_ids": ids, "position_ids": torch.arange(4)[None], "keep": torch.tensor([3])}
+    [expected] = reward.open(inputs)(Episodes([""], [""], [None], ids.tolist(), [1]))
+    with torch.no_grad():
+        assert float(critic(batch)) == pytest.approx(expected, rel=1e-5)
+    assert stage("ppo", reward=reward, value_init="policy").value_affine == (0.0, 1.0)
+    assert stage("ppo", value_init="reward").value_affine == (0.0, 1.0)
 
 
 def test_a_trained_reward_model_as_the_reward_and_the_values_start(inputs: dict[str, Path], tmp_path: Path) -> None:

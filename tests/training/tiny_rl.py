@@ -111,7 +111,7 @@ def parts(kind: str, tokens: Path, policy: Any = None, options: Mapping[str, Any
     torch.manual_seed(1)
     scorer = LlamaForSequenceClassification(config)
     scorer.model.load_state_dict(policy.model.state_dict())
-    return Ppo(PpoOptions(**told), practice(tokens, **changes), reference), ActorCritic(policy, Critic(scorer))
+    return Ppo(PpoOptions(**told), practice(tokens, **changes), reference), ActorCritic(policy, Critic(scorer, 0.0, 1.0))
 
 
 def train(

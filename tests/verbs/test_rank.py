@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,21 @@ def test_by_a_trained_reward_model_and_by_a_judge_of_the_store(cli: Cli, output:
     assert judged.code == 0
     assert "judge:dpo-bbbb0000: " in judged.out
     assert "reward_model:reward-aaaa000011112222" in cli("rank", "0123", f"output={output}", "--agreement").out
+
+
+def test_what_was_cut_off_is_left_out_and_the_printed_lines_say_so(cli: Cli, output: Path) -> None:
+    """The first prompt's second answer, which is the only one that does not parse, and both others of the second prompt."""
+    cut = {("train-0", 1), ("train-1", 0), ("train-1", 2)}
+    samples = [replace(one, answers=tuple(replace(had, ended=(one.id, at) not in cut) for at, had in enumerate(one.answers))) for one in SAMPLES]
+    format_.write(output / "steps" / STEP / "samples", samples, {"seed": 0})
+    answer = cli("rank", "0123", f"output={output}", "--by", "python_parses")
+    assert answer.code == 0, answer.err
+    assert "4 of 6 prompts give a pair, 1 without a clear difference, 1 without two scores; left out: 3 answers that were cut off" in answer.out
+    rate(output, "ann", [[0], [1], [2]], [[0], [1], [2]])
+    answer = cli("rank", "0123", f"output={output}", "--export", "rows.jsonl")
+    assert "1 preference rows of 6 pairs judged; left out: 5 with an answer that was cut off" in answer.out
+    [row] = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    assert (row["chosen"], row["rejected"]) == (samples[0].answers[0].text, samples[0].answers[2].text)
 
 
 def test_agreement_and_export_of_chosen_raters(cli: Cli, output: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lmforge.training.losses.tokens import token_cross_entropy
+from lmforge.training.losses.tokens import token_cross_entropy, token_entropy
 
 KlEstimator = Literal["k1", "k2", "k3"]
 Scale = Literal["group", "batch", "none"]
@@ -22,13 +22,12 @@ STD_EPS = 1e-4  # added to a standard deviation of rewards, as TRL does: a group
 
 def token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
     """log softmax(logits / temperature) at `ids`: logits [..., vocabulary], ids [...] -> [...], fp32."""
-    return -token_cross_entropy(logits if temperature == 1.0 else logits / temperature, ids)
+    return -token_cross_entropy(logits, ids, temperature=temperature)
 
 
 def entropy(logits: Tensor, temperature: float) -> Tensor:
     """-sum p log p of p = softmax(logits / temperature), in nats: [..., vocabulary] -> [...], fp32."""
-    logps = torch.log_softmax(logits.float() / temperature, -1)
-    return -(logps.exp() * logps).sum(-1)
+    return token_entropy(logits, temperature=temperature)
 
 
 def kl_estimate(logps: Tensor, reference: Tensor, estimator: KlEstimator) -> Tensor:

@@ -18,7 +18,10 @@ CERTAIN = -1e-6  # a mean log-prob no nearer to 0 has finite odds in fp32
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of answers: log-probabilities summed over an answer's tokens, and how many tokens those are; each [pairs]."""
+    """Pairs of answers: log-probabilities summed over an answer's tokens, and how many tokens those are; each [pairs].
+
+    `nll` is what a pair adds to a cross entropy that is not that of the chosen answer per token.
+    """
 
     chosen: Tensor
     rejected: Tensor
@@ -26,6 +29,7 @@ class Pairs:
     reference_rejected: Tensor | None
     chosen_tokens: Tensor
     rejected_tokens: Tensor
+    nll: Tensor | None = None
 
     def ratios(self) -> tuple[Tensor, Tensor]:
         """Log-ratios of the policy to the reference, of the chosen and the rejected answers."""
@@ -89,11 +93,12 @@ def hinge(pairs: Pairs, *, beta: float) -> PairLoss:
 def orpo(pairs: Pairs, *, beta: float) -> PairLoss:
     """ORPO (Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7; its lambda is beta here): per-token NLL of the chosen answer, and the log of an odds ratio.
 
-    Odds are of the likelihood per token. The NLL is that of the answer and a mean of each pair; TRL's is over the prompt too and weighted by tokens.
+    Odds are of the likelihood per token. The NLL is the answer's and a mean of each pair, or `pairs.nll`.
     """
     chosen, rejected = pairs.means()
     odds = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
-    return _paired(-chosen - beta * functional.logsigmoid(odds), beta, chosen, rejected)
+    nll = -chosen if pairs.nll is None else pairs.nll
+    return _paired(nll - beta * functional.logsigmoid(odds), beta, chosen, rejected)
 
 
 def simpo(pairs: Pairs, *, beta: float, gamma: float) -> PairLoss:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -77,6 +77,8 @@ class Kto:
     does not depend on how the batch is cut. `reference` is a folder of {split}.npy and {split}_kl.npy.
     """
 
+    dropout: ClassVar[bool] = False  # z0 and the reference are measured without
+
     tokens: Path
     reference: Path
     beta: float
@@ -91,7 +93,7 @@ class Kto:
         return torch.tensor(len(batch["input_ids"]))
 
     def prepare(self, model: Any, batch: GlobalBatch) -> GlobalBatch:
-        """The same micro-batches with the baseline `kl` [] in each; dropout is off while it is measured."""
+        """The same micro-batches with the baseline `kl` [] in each."""
         sums = torch.zeros(2, dtype=torch.float64, device=batch.weight.device)  # log-ratios, and how many
         with evaluating(model):
             for micro_batch in batch.micro_batches:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -93,6 +93,8 @@ def read_reference(folder: Path, name: str) -> NDArray[np.float32]:
 class Preference:
     """A loss over pairs, weighted by pairs. `reference` is the folder of the reference policy's log-probs; None where the loss needs none."""
 
+    dropout: ClassVar[bool] = False  # the reference is measured without
+
     tokens: Path
     reference: Path | None
     loss_of: Callable[[Pairs], PairLoss]
@@ -103,18 +105,23 @@ class Preference:
     def weight(self, batch: Batch) -> Tensor:
         return torch.tensor(len(batch["input_ids"]))
 
-    def loss(self, model: Any, batch: Batch) -> LossParts:
+    def pairs(self, model: Any, batch: Batch) -> Pairs:
+        """What the loss sees of a batch."""
         logps, tokens = pair_logprobs(model, batch)
-        (chosen, rejected), counts = logps.unbind(1), tokens.unbind(1)
         reference = batch["reference"].unbind(1) if "reference" in batch else (None, None)
-        loss, chosen_reward, rejected_reward = self.loss_of(Pairs(chosen, rejected, *reference, *counts))
+        return Pairs(*logps.unbind(1), *reference, *tokens.unbind(1))
+
+    def loss(self, model: Any, batch: Batch) -> LossParts:
+        pairs = self.pairs(model, batch)
+        loss, chosen_reward, rejected_reward = self.loss_of(pairs)
+        nll = -pairs.means()[0] if pairs.nll is None else pairs.nll
         metrics = {
             "rewards/chosen": chosen_reward.sum(),
             "rewards/rejected": rejected_reward.sum(),
             "rewards/margins": (chosen_reward - rejected_reward).sum(),
             "rewards/accuracies": (chosen_reward > rejected_reward).sum(),
-            "logps/chosen": chosen.detach().sum(),
-            "logps/rejected": rejected.detach().sum(),
-            "nll/chosen": -(chosen.detach() / counts[0]).sum(),
+            "logps/chosen": pairs.chosen.detach().sum(),
+            "logps/rejected": pairs.rejected.detach().sum(),
+            "nll/chosen": nll.detach().sum(),
         }
         return LossParts(loss.sum(), self.weight(batch).to(loss.device), metrics)

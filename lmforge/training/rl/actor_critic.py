@@ -14,17 +14,18 @@ from lmforge.training.objective import Batch
 class Critic(nn.Module):
     """The value of every state, by a transformers sequence classifier with one label (a reward model, or a fresh head on a policy's weights).
 
-    Its head reads every position, where a reward model's reads the last; under an adapter the head trains all the same.
+    Its head reads every position, where a reward model's reads the last; under an adapter the head trains all the same. A value is
+    (score - shift) * scale, as a reward model's reward is.
     """
 
-    def __init__(self, scorer: Any) -> None:
+    def __init__(self, scorer: Any, shift: float, scale: float) -> None:
         super().__init__()
-        self.scorer = scorer
+        self.scorer, self.shift, self.scale = scorer, shift, scale
         for parameter in forward.base(scorer).score.parameters():
             parameter.requires_grad_(True)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Values of states in nats of reward, one a position kept: [rows * kept], fp32."""
+        """Values of states in units of reward, one a position kept: [rows * kept], fp32."""
         classifier = forward.base(self.scorer)
         virtual = forward.virtual_tokens(self.scorer)
         inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
@@ -34,7 +35,7 @@ class Critic(nn.Module):
             inputs = {"inputs_embeds": torch.cat([prompt, embedded], 1)}
         hidden = classifier.base_model(**inputs, attention_mask=None, use_cache=False).last_hidden_state
         values: Tensor = classifier.score(hidden[:, batch["keep"] + virtual])
-        return values.flatten().float()
+        return (values.flatten().float() - self.shift) * self.scale
 
 
 class ActorCritic(nn.Module):

@@ -33,13 +33,17 @@ class GrpoOptions:
 class Grpo:
     """The clipped surrogate on group-relative advantages, with the KL to the reference in the loss; no value model.
 
-    Without a `reference` the KL is neither taken nor logged.
+    Without a `reference` the KL is neither taken nor logged. Where a rollout is trained on in one step, the policy of the rollout is the one that is
+    trained: its log-probs come from the loss's own pass.
     """
+
+    dropout = False
 
     def __init__(self, options: GrpoOptions, practice: Practice, reference: Reference | None) -> None:
         if options.kl_coef and reference is None:
             raise ValueError("a KL needs a reference")
         self.options, self.practice, self.reference = options, practice, reference
+        self.on_policy = practice.schedule.updates == 1
         self.temperature = practice.rollouts.sampling.temperature
         self.figures, self.state_dict, self.load_state_dict = practice.figures, practice.state_dict, practice.load_state_dict
 
@@ -59,10 +63,12 @@ class Grpo:
         return self.practice.prepare(model, batch, learn, weights)
 
     def _learn(self, model: Any, rollout: Rollout, scores: Tensor, mask: Tensor, at_once: int) -> tuple[Experience, dict[str, float]]:
-        """Log-probs of the rollout's policy and of the reference, and each answer's advantage at all its tokens."""
+        """Log-probs of the rollout's policy (where it will have moved) and of the reference, and each answer's advantage at all its tokens."""
         options, tokens = self.options, mask.shape[1]
+        found: Experience = {}
         with evaluating(model):
-            found = of_rollout(lambda batch: {"old": logprobs(model, batch, self.temperature)}, rollout, tokens, at_once, model.device)
+            if not self.on_policy:
+                found |= of_rollout(lambda batch: {"old": logprobs(model, batch, self.temperature)}, rollout, tokens, at_once, model.device)
             if self.reference is not None:
                 with self.reference(model) as reference:
                     found |= of_rollout(lambda batch: {"reference": logprobs(reference, batch, self.temperature)}, rollout, tokens, at_once, model.device)
@@ -73,8 +79,9 @@ class Grpo:
             "reward/equal_groups": float((groups == groups[:, :1]).all(1).float().mean()),  # groups with nothing to learn from
         }
         if self.reference is not None:
-            figures["kl"] = float(losses.masked_mean(losses.kl_estimate(found["old"], found["reference"], "k1"), mask))
             figures["kl_coef"] = options.kl_coef
+            if not self.on_policy:
+                figures["kl"] = float(losses.masked_mean(losses.kl_estimate(found["old"], found["reference"], "k1"), mask))
         return {**found, "advantages": advantages[:, None].expand_as(mask).contiguous()}, figures
 
     def loss(self, model: Any, batch: Batch) -> LossParts:
@@ -84,7 +91,7 @@ class Grpo:
         reference = batch["reference"] if options.kl_coef else None
         surrogate = losses.grpo_loss(
             logps,
-            batch["old"],
+            logps.detach() if self.on_policy else batch["old"],
             reference,
             batch["advantages"],
             clip_low=options.clip_low,
@@ -95,5 +102,7 @@ class Grpo:
         with torch.no_grad():
             entropy = losses.entropy(logits, self.temperature)
         metrics = {"policy/loss": surrogate.loss, "entropy": entropy, "clip_fraction": surrogate.clipped, "approx_kl": surrogate.approx_kl}
+        if self.on_policy and self.reference is not None:  # of the whole rollout, as it is elsewhere
+            metrics["kl"] = losses.kl_estimate(logps, batch["reference"], "k1")
         sums = {name: (one.detach() * batch["shares"]).sum() for name, one in metrics.items()}
         return LossParts((surrogate.loss * weights).sum(), self.weight(batch).to(weights.device), sums)

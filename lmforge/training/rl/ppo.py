@@ -38,6 +38,8 @@ class PpoOptions:
 class Ppo:
     """The clipped surrogate, the clipped value loss and an entropy bonus, each a mean over all answer tokens of the global batch."""
 
+    dropout = False
+
     def __init__(self, options: PpoOptions, practice: Practice, reference: Reference) -> None:
         self.options, self.practice, self.reference = options, practice, reference
         self.kl_coef = options.kl_coef

@@ -59,6 +59,8 @@ class Rollouts:
         self.references = self.tokens.answers
         if not len(self.tokens):
             raise DataError(str(folder / split), "has no prompts", "give more data, or a longer seq_len: a prompt has seq_len - max_new_tokens tokens")
+        if hasattr(scorer, "check"):
+            scorer.check(self.references, split)
 
     def __len__(self) -> int:
         """The number of prompts."""
