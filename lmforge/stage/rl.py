@@ -46,7 +46,7 @@ def train(stage: Reinforcement, context: Context) -> dict[str, Any]:
     shown = range(min(SHOWN, len(answers.rewards)))
     rows = [[*texts, float(answers.rewards[one])] for one, texts in zip(shown, heldout.texts(answers, shown), strict=True)]
     context.report.table("held-out generations", ("prompt", "answer", "reward"), rows)
-    return {**metrics, **figures}
+    return {**figures, **metrics}
 
 
 def _schedule(stage: Reinforcement, told: Recipe) -> Schedule:
