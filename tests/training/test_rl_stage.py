@@ -48,7 +48,8 @@ def stage(kind: str, adapter: str = "none", steps: int = 24, **changes: Any) -> 
         "seed": 3, "init_from": None, "seq_len": 12, "budget": Budget(tokens=None, steps=steps, flops=None, tokens_per_parameter=None), "data": None,
         "optimizer": replace(tiny_run.adamw(lr=2e-2), global_batch_tokens=8 * 12), "precision": option(Precision, "precision/fp32.yaml"),
         "parallel": tiny_run.parallel(), "log_every": 4, "save_every_s": 1e9, "adapter": option(Adapter, f"adapter/{adapter}.yaml"), "reward": Share(),
-        "max_new_tokens": 6, "temperature": 1.0, "epochs": 2, "minibatches": 2, "missing_eos_penalty": None, "eval_prompts": 20, "sample_every": 8,
+        "max_new_tokens": 6, "temperature": 1.0, "epochs": 2, "minibatches": 2, "reward_from": None,
+        "missing_eos_penalty": None, "eval_prompts": 20, "sample_every": 8,
     }  # fmt: skip
     own = tiny_rl.OPTIONS[kind]
     return Ppo(**{**keys, **own, "value_init": None, **changes}) if kind == "ppo" else Grpo(**{**keys, **own, **changes})
