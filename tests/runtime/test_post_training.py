@@ -167,3 +167,14 @@ def test_ranked_samples_are_preference_data(ran: tuple[Path, tuple[str, ...]], l
     assert found["grad_norm"] > 0
     [tokens] = (cwd / "ranked/steps").glob("tokens.preference-*/tokens/meta.json")
     assert sum(json.loads(tokens.read_text())["rows"].values()) == len(rows)
+
+
+def test_a_reward_model_of_another_run_is_a_reward(ran: tuple[Path, tuple[str, ...]], lmforge: Run) -> None:
+    """The same PPO as in the pipeline, with policy and reward model named by their steps: the same weights come out."""
+    cwd, common = ran
+    start = (f"stage.ppo.init_from={step(cwd, 'sft').name}", f"stage.ppo.reward_from={step(cwd, 'reward').name}")
+    lmforge(*common, "stage=ppo", *start, "eval=none", "name=again", cwd=cwd)
+    made = [folder for folder in (cwd / "outputs/steps").glob("ppo-*") if (folder / "step.json").is_file()]
+    assert len(made) == 2
+    first, second = (load_file(folder / "checkpoint/model.safetensors") for folder in made)
+    assert all(torch.equal(first[name], second[name]) for name in first)
