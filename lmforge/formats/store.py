@@ -17,6 +17,17 @@ from lmforge.errors import ConfigError
 STEP_FILE = "step.json"  # written last: a folder that has it is a finished step
 RUN_FILE = "run.json"
 ADAPTER_FILE = "adapter_config.json"  # what makes a folder a PEFT adapter
+TOKENIZER_FILES = (  # of a Hugging Face folder; nothing in them runs
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "tokenizer.model",
+    "*.jinja",
+    "*.txt",
+    "merges*",
+)
 HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@(?P<commit>[0-9a-f]{40}))?")
 DIGEST = re.compile(r"[0-9a-f]{4,64}")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -53,6 +54,19 @@ def virtual_tokens(model: Any) -> int:
     if config is None or not config.is_prompt_learning or not model.has_active_enabled_adapter:
         return 0
     return int(config.num_virtual_tokens)
+
+
+@contextlib.contextmanager
+def evaluating(*models: Any) -> Iterator[None]:
+    """Models in evaluation mode (dropout off), and then as they were."""
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
 
 
 def base(model: Any) -> Any:

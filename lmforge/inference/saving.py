@@ -10,23 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmforge.errors import CheckpointError
+from lmforge.formats import store
 from lmforge.tokenizer import templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ANSWER = "an answer"  # stands for an assistant's turn when a chat template is asked how it ends one
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "tokenizer.model",
-    "*.jinja",
-    "*.txt",
-    "merges*",
-)
 
 
 @contextlib.contextmanager
@@ -57,7 +47,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 def copy_tokenizer(folder: Path, out: Path) -> None:
     """The tokenizer's own files, byte for byte, so that they hash the same in every folder of a pipeline."""
-    for path in sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}):
+    for path in sorted({path for pattern in store.TOKENIZER_FILES for path in folder.glob(pattern)}):
         shutil.copyfile(path, out / path.name)
 
 

@@ -11,24 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lmforge.errors import CheckpointError
+from lmforge.formats import store
 from lmforge.model.agree import differences
 from lmforge.model.source import local_folder, pinned, read_config, snapshot
 from lmforge.registry import Key, register
 from lmforge.step import Context, StepNode
 
 # Everything a Hugging Face model folder needs, and nothing that runs: no pickles, no Python.
-TOKENIZER_PATTERNS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "tokenizer.model",
-    "*.jinja",
-    "*.txt",
-    "merges*",
-)
-PATTERNS = ("*.safetensors", "*.json", *TOKENIZER_PATTERNS)
+PATTERNS = ("*.safetensors", "*.json", *store.TOKENIZER_FILES)
 
 
 @register("step", "weights")

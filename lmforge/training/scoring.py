@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lmforge.inference.forward import evaluating
 from lmforge.training.objective import Batch, Figured, Objective, Preparing, Rows
 from lmforge.training.order import GlobalBatch, longest_first
 
@@ -48,17 +48,6 @@ def score(model: Any, rows: Rows, rows_per_batch: int, of: Callable[[Any, Batch]
                 found = np.empty((len(rows), *values.shape[1:]), np.float32)
             found[indices] = values
     return np.empty(0, np.float32) if found is None else found
-
-
-@contextlib.contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """The model in evaluation mode (dropout off), and then as it was."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _batches(model: Any, rows: Rows, size: int) -> Iterator[tuple[NDArray[np.int64], Batch]]:

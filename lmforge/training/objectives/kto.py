@@ -16,12 +16,12 @@ from torch import Tensor
 from lmforge.errors import DataError
 from lmforge.formats import packing
 from lmforge.formats.tokens import Tokens
+from lmforge.inference.forward import evaluating
 from lmforge.training.losses.preference import kto
 from lmforge.training.meter import Meter
 from lmforge.training.objective import Batch, LossParts
 from lmforge.training.objectives.preference import logprobs, read_reference
 from lmforge.training.order import GlobalBatch
-from lmforge.training.scoring import evaluating
 
 OTHER = "mismatched/"  # what a batch calls the rows of prompts with another prompt's answer
 

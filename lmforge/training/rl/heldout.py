@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmforge.inference.forward import evaluating
 from lmforge.training.losses.policy import exact_kl, masked_mean
 from lmforge.training.objective import Batch
-from lmforge.training.rl.reference import Reference, evaluating
+from lmforge.training.rl.reference import Reference
 from lmforge.training.rl.rollouts import Rollout, Rollouts, seed_of
 from lmforge.training.rl.tokens import answer_logits, of_rollout
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmforge.inference.forward import evaluating
 from lmforge.training.losses import policy as losses
 from lmforge.training.objective import Batch, LossParts
 from lmforge.training.order import GlobalBatch
 from lmforge.training.rl.actor_critic import ActorCritic
 from lmforge.training.rl.practice import Experience, Places, Practice
-from lmforge.training.rl.reference import Reference, evaluating
+from lmforge.training.rl.reference import Reference
 from lmforge.training.rl.rollouts import Rollout
 from lmforge.training.rl.tokens import answer_logits, logprobs, of_rollout
 

@@ -29,16 +29,3 @@ def adapter_off(off: Callable[[Any], AbstractContextManager[Any]]) -> Reference:
             yield policy
 
     return of
-
-
-@contextlib.contextmanager
-def evaluating(*models: Any) -> Iterator[None]:
-    """Without dropout."""
-    modes = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
