@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmforge.errors import ConfigError, Problem
-from lmforge.model.families import Family, Sizes, Weight, find
+from lmforge.model.families import Family, Sizes, Split, Weight, find
 
 Config = Mapping[str, Any]
 WHERE = "config.json"
@@ -57,6 +57,11 @@ def count(config: Config) -> ParamCount:
 def sizes(config: Config) -> Sizes:
     """The config's sizes under transformers' common names, with the family's defaults where it is silent."""
     return _sizes(find(config.get("model_type"), WHERE), config)
+
+
+def splits(config: Config) -> Mapping[str, Split]:
+    """How tensor parallel splits the model's modules, by name; empty where its family has not been tested."""
+    return find(config.get("model_type"), WHERE).splits
 
 
 def vocab_size(config: Config) -> int:

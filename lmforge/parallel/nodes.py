@@ -1,22 +1,24 @@
 """How a step is spread over devices. None of it decides a step's result, so none of it is identity.
 
 A mesh has torchtitan's axes, outermost first; `devices` is their product. Global batch in tokens belongs to the
-optimizer: `micro_batch_size` and accumulation follow from it here, and never change what is learnt.
+optimizer: `micro_batch_size` and accumulation follow from it here, and never change what is learnt. Ranks that differ
+only in cp, tp or pp work on the same rows.
 """
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from lmforge.errors import Problem, RunError
+from lmforge.errors import PlanError, Problem
+from lmforge.parallel.layout import AXES, ONE, Spread, layouts
 from lmforge.registry import Key, Node, node, register
 
 if TYPE_CHECKING:
-    from lightning.pytorch.strategies import Strategy
+    from lmforge.parallel.engine.base import Engine
 
-NOT_YET, INSTEAD = "planned but not yet run by this version", "type parallel=ddp or use plan"
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 Part = Literal["params", "grads", "optimizer"]
 
 
@@ -26,8 +28,6 @@ class Parallel(Node):
 
     group = "parallel"
     identity = False
-    runs: ClassVar[bool] = False  # whether `run` can execute it, or only `plan`
-    axis: ClassVar[str] = "dp_replicate"  # the axis that all devices lie on
 
     micro_batch_size: Annotated[int | None, Key("rows per device and pass; null = the compiler picks", unit="rows", gt=0)]
     activation_checkpointing: Annotated[
@@ -35,14 +35,16 @@ class Parallel(Node):
         Key("recomputed in backward: selective = all of a layer but its matrix products and attention, full = all but its input"),
     ]
     compile: Annotated[bool, Key("torch.compile each decoder layer")]
+    data_workers: Annotated[int, Key("processes a rank reads its batches ahead with; 0 = none but its own", "processes", ge=0)]
+    max_restarts: Annotated[int, Key("times a run that crashed goes on from its last state by itself", ge=0)]
 
     def world(self, available: int) -> int:
         """Devices this uses of a machine that has `available` of them; more than there are is the compiler's to refuse."""
         raise NotImplementedError
 
     def mesh(self, devices: int) -> dict[str, int]:
-        """Size of each axis; the product is `devices`."""
-        return dict.fromkeys(AXES, 1) | {self.axis: devices}
+        """Size of each axis; the product is `devices`. PlanError where the axes do not multiply to it."""
+        raise NotImplementedError
 
     def shard_degree(self, part: Part, devices: int) -> int:
         """Over how many of `devices` a part of the training state is split, where it is at rest between steps."""
@@ -63,33 +65,29 @@ class Parallel(Node):
         return self.strategy_args()
 
     @property
-    def reason(self) -> str:
-        """Why `run` refuses this option, in one line; '' where it runs."""
-        return "" if self.runs else f"parallel={self.option}: {NOT_YET}; {INSTEAD}"
-
-    @property
     def option(self) -> str:
         """What the user types for it."""
         return self.type
 
-    def strategy(self, accelerator: str, devices: int, reduce_dtype: str) -> Strategy:
-        """The Lightning strategy for `cpu` or `cuda`, gradients summed in `reduce_dtype`; RunError where this option only plans."""
-        raise RunError(f"parallel={self.option}", NOT_YET, INSTEAD)
+    def engine(self, spread: Spread) -> Engine:
+        """The Lightning strategy that runs it (torch)."""
+        raise NotImplementedError
 
 
 @register("parallel", "single")
 class Single(Parallel):
     """One device."""
 
-    runs = True
-
     def world(self, available: int) -> int:
         return 1
 
-    def strategy(self, accelerator: str, devices: int, reduce_dtype: str) -> Strategy:
-        from lmforge.parallel import strategies
+    def mesh(self, devices: int) -> dict[str, int]:
+        return dict(ONE)
 
-        return strategies.single(accelerator)
+    def engine(self, spread: Spread) -> Engine:
+        from lmforge.parallel.engine import whole
+
+        return whole.single(spread)
 
 
 @node
@@ -106,38 +104,72 @@ class Several(Parallel):
 class DDP(Several):
     """Data parallel (Li et al. 2020, PyTorch Distributed): every device holds the whole state, gradients are averaged."""
 
-    runs = True
+    def mesh(self, devices: int) -> dict[str, int]:
+        return ONE | {"dp_replicate": devices}
 
-    def strategy(self, accelerator: str, devices: int, reduce_dtype: str) -> Strategy:
-        from lmforge.parallel import strategies
+    def engine(self, spread: Spread) -> Engine:
+        from lmforge.parallel.engine import whole
 
-        return strategies.ddp(accelerator, reduce_dtype) if devices > 1 else strategies.single(accelerator)
+        return whole.ReducingDDP(spread) if math.prod(spread.mesh.values()) > 1 else whole.single(spread)
 
 
-@register("parallel", "fsdp")
-class FSDP(Several):
-    """Fully sharded data parallel, FSDP2 (Zhao et al. 2023; torch's fully_shard): the state is split, layers are gathered as needed."""
+@register("parallel", "mesh")
+class Mesh(Several):
+    """A mesh of named axes on DTensors: FSDP2 and HSDP (Zhao et al. 2023), tensor parallel (Shoeybi et al. 2019), pipeline (Huang et al. 2019)."""
 
-    axis = "dp_shard"
-
+    dp_replicate: Annotated[int | None, Key("groups of ranks that each hold a whole copy of the state (HSDP)", "ranks", gt=0)]
+    dp_shard: Annotated[int | None, Key("ranks that weights, gradients and optimizer states are split over", "ranks", gt=0)]
+    cp: Annotated[int | None, Key("ranks that a sequence is split over (context parallel)", "ranks", gt=0)]
+    tp: Annotated[int | None, Key("ranks that each matrix is split over (tensor parallel)", "ranks", gt=0)]
+    pp: Annotated[int | None, Key("ranks that the layers are split over (pipeline stages)", "ranks", gt=0)]
+    pp_schedule: Annotated[
+        Literal["1f1b", "gpipe"], Key("order of a pipeline's micro-batches: 1f1b keeps fewer activations (Narayanan et al. 2019), gpipe runs all forward first")
+    ]
     reshard_after_forward: Annotated[bool, Key("free a layer's gathered weights after forward: less memory, one more all-gather in backward")]
+    prefetch: Annotated[int, Key("layers whose weights are gathered ahead of the one that runs; 0 = FSDP2's own order", "layers", ge=0)]
     cpu_offload: Annotated[bool, Key("keep weights, gradients and optimizer states in host memory")]
 
+    def axes(self) -> dict[str, int | None]:
+        """The sizes as they are typed; None is what the others leave."""
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    def mesh(self, devices: int) -> dict[str, int]:
+        sizes = self.axes()
+        fixed = math.prod(size for size in sizes.values() if size is not None)
+        rest = [axis for axis, size in sizes.items() if size is None]
+        if devices % fixed or (not rest and fixed != devices):
+            shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size is not None and size > 1) or "every axis 1"
+            what = f"{shown} = {fixed}, and {'that does not divide' if rest else 'there are'} {devices} devices"
+            raise PlanError("parallel", what, f"type {layouts(sizes, devices)}")
+        return {axis: devices // fixed if size is None else size for axis, size in sizes.items()}
+
+    def check(self, where: str) -> Iterator[Problem]:
+        open_axes = [axis for axis, size in self.axes().items() if size is None]
+        if len(open_axes) > 1:
+            yield Problem(where, f"{' and '.join(open_axes)} are both null, and one axis only can be what the others leave", f"type {where}.{open_axes[1]}=1")
+
     def shard_degree(self, part: Part, devices: int) -> int:
-        return devices
+        return self.mesh(devices)["dp_shard"]
 
     def offloads(self, part: Part) -> bool:
         return self.cpu_offload
 
     def strategy_args(self) -> dict[str, Any]:
-        return super().strategy_args() | {"reshard_after_forward": self.reshard_after_forward, "cpu_offload": self.cpu_offload}
+        own = {"reshard_after_forward": self.reshard_after_forward, "prefetch": self.prefetch, "cpu_offload": self.cpu_offload}
+        pipeline = {"pp_schedule": self.pp_schedule} if self.pp != 1 else {}
+        return super().strategy_args() | own | pipeline
+
+    def engine(self, spread: Spread) -> Engine:
+        from lmforge.parallel.engine import mesh, whole
+
+        return mesh.MeshEngine(self, spread) if math.prod(spread.mesh.values()) > 1 else whole.single(spread)
 
 
 @register("parallel", "deepspeed")
 class DeepSpeed(Several):
     """ZeRO (Rajbhandari et al. 2020) by DeepSpeed: stage 1 splits optimizer states, 2 gradients too, 3 parameters too."""
 
-    axis = "dp_shard"
+    needs = {"deepspeed": "deepspeed"}  # noqa: RUF012
 
     stage: Annotated[int, Key("what is split: 1 optimizer states, 2 and gradients, 3 and parameters", choices=(1, 2, 3))]
     offload_optimizer: Annotated[bool, Key("keep optimizer states in host memory and update there (ZeRO-Offload)")]
@@ -147,10 +179,20 @@ class DeepSpeed(Several):
     def option(self) -> str:
         return f"deepspeed_zero{self.stage}"
 
+    def mesh(self, devices: int) -> dict[str, int]:
+        return ONE | {"dp_shard": devices}
+
     def check(self, where: str) -> Iterator[Problem]:
         if self.offload_parameters and self.stage != 3:
             what = f"ZeRO stage {self.stage} does not split parameters, so it cannot offload them"
             yield Problem(f"{where}.offload_parameters", what, "type parallel=deepspeed_zero3")
+
+    def engine(self, spread: Spread) -> Engine:
+        if spread.accelerator == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks here when it is imported
+        from lmforge.parallel.engine import deepspeed
+
+        return deepspeed.DeepSpeedEngine(self, spread)
 
     def shard_degree(self, part: Part, devices: int) -> int:
         first_stage = {"optimizer": 1, "grads": 2, "params": 3}
@@ -172,9 +214,9 @@ class DeepSpeed(Several):
         return super().strategy_args() | {"config": self.deepspeed_config(**known)}
 
     def deepspeed_config(
-        self, *, compute_dtype: str, loss_scale: float | None, reduce_dtype: str, gradient_clipping: float | None, micro_batch_size: int, accumulation: int
+        self, *, compute_dtype: str, reduce_dtype: str, gradient_clipping: float | None, micro_batch_size: int, accumulation: int
     ) -> dict[str, Any]:
-        """The config.json of DeepSpeed, whole; nothing in it comes from anywhere but typed keys.
+        """The config.json of DeepSpeed, whole; nothing in it comes from anywhere but typed keys. Weights are kept in float32.
 
         `micro_batch_size` in rows per device, `accumulation` in passes per optimizer step, `gradient_clipping` a norm.
         """
@@ -188,9 +230,6 @@ class DeepSpeed(Several):
         }
         if self.offload_optimizer:
             emitted["zero_force_ds_cpu_optimizer"] = False  # the same optimizer on the host, not DeepSpeed's own Adam
-        if compute_dtype == "bfloat16":
-            emitted["bf16"] = {"enabled": True}
-        if compute_dtype == "float16" and loss_scale is not None:
-            # loss_scale 0 means dynamic; it starts at 2^initial_scale_power, and Precision admits powers of two only.
-            emitted["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": int(loss_scale).bit_length() - 1}
+        if compute_dtype != "float32":
+            emitted["torch_autocast"] = {"enabled": True, "dtype": compute_dtype}
         return emitted

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 from lmforge.errors import RunError
+from lmforge.model.weights import splits
+from lmforge.parallel.layout import ONE, Ranks, Spread, data_degree
 from lmforge.step import Context
 from lmforge.training import state
 from lmforge.training.lowering import lower
@@ -41,45 +43,63 @@ def fit(recipe: Recipe, objective: Objective, model: Any, context: Context, save
     module = TrainingModule(recipe, objective, model, context.report, folder, resumed)
     steps = range(resumed["step"] if resumed else 0, recipe.steps)
     del resumed  # the module drops it once it is in the weights
+    mesh = context.placement.mesh or ONE
+    ranks = Ranks(int(os.environ["RANK"]) if world > 1 else 0, mesh)
     data = StepData(
         objective,
         objective.dataset("train"),
         rows_per_step=recipe.rows_per_step,
         micro_batch_size=context.placement.micro_batch_size or recipe.rows_per_step,
         seed=recipe.seed,
-        rank=int(os.environ["RANK"]) if world > 1 else 0,
-        world=world,
+        rank=ranks.data_rank,
+        world=ranks.data_degree,
     )
-    loader = DataLoader(data, batch_size=None, sampler=steps, pin_memory=torch.cuda.is_available())
+    loader = DataLoader(data, batch_size=None, sampler=steps, num_workers=recipe.parallel.data_workers, pin_memory=torch.cuda.is_available())
     with _quiet():
-        _run(_trainer(recipe, context, world), module, loader)
+        _run(_trainer(recipe, context, mesh, model), module, loader)
     if module.done < recipe.steps:
         if module.stopped:
             raise KeyboardInterrupt
         raise RuntimeError(f"Lightning ended after step {module.done} of {recipe.steps}")
+    trained = module.engine.whole(module.model)
     if module.trainer.is_global_zero:
-        save(model)
+        save(trained)
     if dist.is_initialized():
         dist.barrier()  # nobody reads what `save` writes before it is there
     return {**module.last, "steps": recipe.steps, "tokens": module.tokens, "train_s": module.elapsed_s}
 
 
 def _refuse(recipe: Recipe, world: int) -> None:
-    if recipe.rows_per_step % world:
-        raise RunError("optimizer.global_batch_tokens", f"{recipe.rows_per_step} rows a step do not divide over {world} devices", "a multiple of both")
     if world > 1 and int(os.environ.get("WORLD_SIZE", "1")) != world:
         raise RunError("parallel", f"{world} devices need {world} processes", f"start with torchrun --nproc-per-node {world}")
 
 
-def _trainer(recipe: Recipe, context: Context, world: int) -> Trainer:
+def _trainer(recipe: Recipe, context: Context, mesh: Mapping[str, int], model: Any) -> Trainer:
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    strategy = recipe.parallel.strategy(accelerator, world, recipe.reduce_dtype)
+    rows = recipe.rows_per_step // data_degree(mesh)
+    micro = context.placement.micro_batch_size or rows
+    spread = Spread(
+        accelerator=accelerator,
+        mesh=mesh,
+        compute_dtype=recipe.compute_dtype,
+        reduce_dtype=recipe.reduce_dtype,
+        gradient_clipping=recipe.optimizer.grad_clip,
+        micro_batch_size=micro,
+        accumulation=-(-rows // micro),
+        splits=_splits(model, mesh),
+    )
+    strategy: Any = recipe.parallel.engine(spread)
     # barebones: no logger, bar, checkpoint, summary or validation of Lightning's
     shared: dict[str, Any] = {"accelerator": accelerator, "strategy": strategy, "barebones": True, "use_distributed_sampler": False, "max_epochs": 1}
-    if world == 1:
+    if context.placement.devices == 1:
         return Trainer(devices=1, plugins=[LightningEnvironment()], default_root_dir=context.folder, **shared)
     local = int(os.environ["LOCAL_WORLD_SIZE"])
-    return Trainer(devices=local, num_nodes=world // local, default_root_dir=context.folder, **shared)
+    return Trainer(devices=local, num_nodes=context.placement.devices // local, default_root_dir=context.folder, **shared)
+
+
+def _splits(model: Any, mesh: Mapping[str, int]) -> Mapping[str, str]:
+    """How tensor parallel splits the model's matrices, where it does."""
+    return splits(model.config.to_dict()) if mesh["tp"] > 1 else {}
 
 
 def _run(trainer: Trainer, module: TrainingModule, loader: DataLoader[Any]) -> None:

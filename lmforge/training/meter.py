@@ -16,8 +16,8 @@ NEVER = 2**62
 class Meter:
     """Means over an interval, weighted over micro-batches and ranks, and the first step that was not finite."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, *, counts: bool = True) -> None:
+        self.device, self.counts = device, counts  # of ranks that work on the same rows one counts them
         self.sums: dict[str, Tensor] = {}
         self.grad_norm = torch.zeros((), device=device)
         self.first_bad = torch.full((), NEVER, dtype=torch.int64, device=device)
@@ -26,7 +26,8 @@ class Meter:
         """Add to a sum; fp64, so that the mean does not depend on how many micro-batches there were."""
         if name not in self.sums:
             self.sums[name] = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.sums[name] += value.detach()
+        if self.counts:
+            self.sums[name] += value.detach()
 
     def watch(self, step: int, *values: Tensor) -> None:
         """Remember `step` if it is the first in which one of the scalars is not finite."""
@@ -40,14 +41,22 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """Sums over all ranks since the last read, by name; the next interval begins. RunError as `refuse_bad`."""
-        names = sorted(self.sums)
-        values = torch.stack([self.sums[name] for name in names])
+        names = self._names()
+        values = torch.stack([self.sums.get(name, torch.zeros((), dtype=torch.float64, device=self.device)) for name in names])
         if dist.is_initialized():
             dist.all_reduce(values)
             dist.all_reduce(self.first_bad, op=dist.ReduceOp.MIN)
         self.refuse_bad()
         self.sums = {}
         return dict(zip(names, values.tolist(), strict=True))
+
+    def _names(self) -> list[str]:
+        """The sums of any rank: an early stage of a pipeline knows none of the loss's."""
+        named = [sorted(self.sums)]
+        if dist.is_initialized():
+            named = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(named, sorted(self.sums))
+        return sorted({name for one in named for name in one})
 
     def state_dict(self) -> dict[str, Any]:
         return {"sums": dict(self.sums), "grad_norm": self.grad_norm}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,12 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from lmforge.step import Report
 from lmforge.training import dropout, state
 from lmforge.training.meter import Meter
-from lmforge.training.objective import Figured, Objective, Preparing, Resumable
+from lmforge.training.objective import Figured, LossParts, Objective, Preparing, Resumable
 from lmforge.training.order import GlobalBatch
 from lmforge.training.randomness import seed_step
 from lmforge.training.recipe import Recipe
@@ -36,26 +34,37 @@ class TrainingModule(LightningModule):
         self.automatic_optimization = False
         self.recipe, self.objective, self.model, self.report = recipe, objective, model, report
         self.folder, self.resumed = folder, resumed
-        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.spread = False
         self.signals, self.stopped = StopSignals(), False
         self.done, self.tokens, self.elapsed_s = 0, 0, 0.0
         self.last: dict[str, float] = {}
 
     # Lightning's hooks
 
+    @property
+    def engine(self) -> Any:
+        """The strategy: how a step is spread over ranks."""
+        return self.trainer.strategy
+
+    def configure_model(self) -> None:
+        if not self.spread:  # Lightning may ask again
+            self.model, self.spread = self.engine.spread(self.model), True
+
     def configure_optimizers(self) -> list[Optimizer]:
         named = ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
         self.torch_optimizers = self.recipe.optimizer.build(named)
-        for optimizer in self.torch_optimizers:
-            for group in optimizer.param_groups:
-                group["initial_lr"] = group["lr"]
+        self.engine.groups(self.torch_optimizers)
+        for group in self._groups():
+            group["initial_lr"] = group["lr"]
         return self.torch_optimizers
 
     def on_train_start(self) -> None:
         self.model.train()  # from_pretrained leaves a model in evaluation mode
         if not getattr(self.objective, "dropout", True):
             dropout.switch_off(self.model)
-        self.meter = Meter(self.device)
+        self.ranks = self.engine.ranks
+        self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.meter = Meter(self.device, counts=self.ranks.speaks)
         self.vote = StopVote(self.device)
         enabled = self.recipe.loss_scale is not None
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=self.recipe.loss_scale or 1.0, enabled=enabled)
@@ -68,17 +77,17 @@ class TrainingModule(LightningModule):
         self.interval_tokens = self.tokens
 
     def training_step(self, batch: GlobalBatch, batch_index: int) -> None:
-        seed_step(self.recipe.seed, batch.step, self.global_rank)
+        seed_step(self.recipe.seed, batch.step, self.ranks.data_rank)
         factor = self.recipe.optimizer.schedule.factor(batch.step, self.recipe.steps)
         for group in self._groups():
             group["lr"] = group["initial_lr"] * factor
         if isinstance(self.objective, Preparing):
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad(), self.autocast():
                 batch = self.objective.prepare(self.model, batch)
         loss = self._backward(batch)
         self._update(batch.step, loss)
         self.done = batch.step + 1
-        self.tokens += batch.tokens * self.trainer.world_size
+        self.tokens += batch.tokens * self.ranks.data_degree
         if self.done % self.recipe.log_every == 0 or self.done == self.recipe.steps:
             self._log()
 
@@ -97,28 +106,14 @@ class TrainingModule(LightningModule):
 
     def _backward(self, batch: GlobalBatch) -> Tensor:
         """Gradients of the global batch's mean loss; returns this rank's share of its sum [scalar]."""
-        weight = self.vote.ask(batch.weight, self.signals.requested)
-        # DDP averages over ranks, so the world size takes that mean back.
-        scale = (self.trainer.world_size / weight.clamp_min(1)).float()
-        total = torch.zeros((), device=self.device)
-        for index, micro_batch in enumerate(batch.micro_batches):
-            last = index == len(batch.micro_batches) - 1
-            with contextlib.nullcontext() if last else self._no_sync():
-                with self._autocast():
-                    parts = self.objective.loss(self.model, micro_batch)
-                self.manual_backward(self.scaler.scale(parts.sum * scale))
-            total += parts.sum.detach()
-            self.meter.add("weight", parts.weight)
-            for name, value in parts.metrics.items():
-                self.meter.add(name, value)
-        self.meter.add("loss", total)
-        return total
+        weight = self.vote.ask(batch.weight if self.ranks.speaks else torch.zeros_like(batch.weight), self.signals.requested)
+        # Gradients are means over the data-parallel ranks, so their number takes that mean back.
+        shares = Shares(self, (self.ranks.data_degree / weight.clamp_min(1)).float())
+        self.engine.gradients(self, batch.micro_batches, shares)
+        return shares.count(len(batch.micro_batches))
 
-    def _no_sync(self) -> Any:
-        wrapped: Any = self.trainer.model
-        return wrapped.no_sync() if self.trainer.world_size > 1 else contextlib.nullcontext()
-
-    def _autocast(self) -> Any:
+    def autocast(self) -> Any:
+        """What a forward pass runs in."""
         compute = getattr(torch, self.recipe.compute_dtype)
         enabled = self.recipe.compute_dtype != self.recipe.param_dtype
         return torch.autocast(self.device.type, dtype=compute if enabled else None, enabled=enabled)
@@ -127,17 +122,12 @@ class TrainingModule(LightningModule):
         """Clip, step and clear the gradients; with loss scaling a step in which any gradient overflowed is skipped whole."""
         for optimizer in self.torch_optimizers:
             self.scaler.unscale_(optimizer)
-        gradients = [parameter.grad for parameter in self.trainable if parameter.grad is not None]
-        norm = get_total_norm(gradients)
-        self.meter.grad_norm = norm
-        self.meter.watch(step, loss, *(() if self.scaler.is_enabled() else (norm,)))
-        if self.recipe.optimizer.grad_clip is not None:
-            clip_grads_with_norm_(self.trainable, self.recipe.optimizer.grad_clip, norm)
-        overflowed = self._overflowed()
-        for optimizer in self.torch_optimizers:
-            if not overflowed:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+
+        def skips(norm: Tensor) -> bool:
+            self.meter.watch(step, loss, *(() if self.scaler.is_enabled() else (norm,)))
+            return self._overflowed()
+
+        self.meter.grad_norm = self.engine.update(self.trainable, self.torch_optimizers, self.recipe.optimizer.grad_clip, skips)
 
     def _overflowed(self) -> bool:
         """Whether a gradient of any optimizer overflowed; moves the loss scale, once for all of them.
@@ -200,6 +190,37 @@ class TrainingModule(LightningModule):
         if isinstance(self.objective, Resumable):
             self.objective.load_state_dict(saved["objective"])
         self.done, self.tokens, self.elapsed_s = saved["step"], saved["tokens"], saved["elapsed_s"]
+
+
+class Shares:
+    """The losses of a step's micro-batches, scaled to shares of the global batch's mean, and what they add up to."""
+
+    def __init__(self, module: TrainingModule, scale: Tensor) -> None:
+        self.module, self.scale, self.autocast = module, scale, module.autocast
+        self.parts: list[LossParts] = []
+
+    def of(self, batch: Any) -> Tensor:
+        with self.autocast():
+            return self._share(self.module.objective.loss(self.module.model, batch))
+
+    def of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
+        with self.autocast():
+            return self._share(self.module.objective.of_logits(logits, labels))
+
+    def _share(self, parts: LossParts) -> Tensor:
+        self.parts.append(LossParts(parts.sum.detach(), parts.weight, parts.metrics))
+        return self.module.scaler.scale(parts.sum * self.scale)
+
+    def count(self, micro_batches: int) -> Tensor:
+        """Add up what the last so many said (a pipeline's first step asks once more, for shapes); returns the sum of their losses [scalar]."""
+        meter, total = self.module.meter, torch.zeros((), device=self.module.device)
+        for parts in self.parts[-micro_batches:]:
+            total += parts.sum
+            meter.add("weight", parts.weight)
+            for name, value in parts.metrics.items():
+                meter.add(name, value)
+        meter.add("loss", total)
+        return total
 
 
 def _short(number: float) -> str:

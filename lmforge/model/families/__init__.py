@@ -12,6 +12,8 @@ from typing import Any, Literal
 from lmforge.errors import ConfigError, did_you_mean
 
 Role = Literal["embedding", "head", "body"]
+# A matrix by its outputs or its inputs (Shoeybi et al. 2019); `gathered` hands on the whole output, `from_whole` takes whole inputs.
+Split = Literal["column", "row", "column_gathered", "row_from_whole", "vocabulary"]
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,19 @@ class Family:
     defaults: Mapping[str, Any]
     aliases: Mapping[str, str]  # a key of config.json -> the common name it stands for
     weights: Layout
+    splits: Mapping[str, Split]  # how tensor parallel splits its modules; empty where nobody has tested it
 
 
 _FAMILIES: dict[str, Family] = {}
 
 
-def family(model_type: str, defaults: Mapping[str, Any], aliases: Mapping[str, str] | None = None) -> Callable[[Layout], Layout]:
+def family(
+    model_type: str, defaults: Mapping[str, Any], aliases: Mapping[str, str] | None = None, splits: Mapping[str, Split] | None = None
+) -> Callable[[Layout], Layout]:
     """Register a generator of weights as the family of `model_type`."""
 
     def decorate(weights: Layout) -> Layout:
-        _FAMILIES[model_type] = Family(model_type, defaults, aliases or {}, weights)
+        _FAMILIES[model_type] = Family(model_type, defaults, aliases or {}, weights, splits or {})
         return weights
 
     return decorate

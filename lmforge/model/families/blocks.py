@@ -4,9 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lmforge.model.families import Sizes, Weight
+from lmforge.model.families import Sizes, Split, Weight
 
 LAYER = "model.layers.{layer}"
+
+# Heads and hidden units are split over ranks: each layer sums once after attention and once after its MLP.
+BY_HEADS: dict[str, Split] = {
+    "model.embed_tokens": "vocabulary",
+    f"{LAYER}.self_attn.q_proj": "column",
+    f"{LAYER}.self_attn.k_proj": "column",
+    f"{LAYER}.self_attn.v_proj": "column",
+    f"{LAYER}.self_attn.o_proj": "row",
+    f"{LAYER}.mlp.gate_proj": "column",
+    f"{LAYER}.mlp.up_proj": "column",
+    f"{LAYER}.mlp.down_proj": "row",
+    "lm_head": "column_gathered",
+}
+# A norm over all heads needs all of them on every rank, so attention itself is not split, only its matrices.
+WHOLE_HEADS: dict[str, Split] = BY_HEADS | {
+    f"{LAYER}.self_attn.q_proj": "column_gathered",
+    f"{LAYER}.self_attn.k_proj": "column_gathered",
+    f"{LAYER}.self_attn.v_proj": "column_gathered",
+    f"{LAYER}.self_attn.o_proj": "row_from_whole",
+}
 
 
 def linear(name: str, out: int, width: int, count: int, bias: bool) -> Iterator[Weight]:

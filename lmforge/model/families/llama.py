@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lmforge.model.families import Sizes, Weight, family
-from lmforge.model.families.blocks import attention, ends, gated_mlp, norms
+from lmforge.model.families.blocks import BY_HEADS, attention, ends, gated_mlp, norms
 
 DEFAULTS = {
     "vocab_size": 32000,
@@ -22,7 +22,7 @@ DEFAULTS = {
 }
 
 
-@family("llama", DEFAULTS)
+@family("llama", DEFAULTS, splits=BY_HEADS)
 def weights(sizes: Sizes) -> Iterator[Weight]:
     bias = sizes.more["attention_bias"]
     yield from ends(sizes)

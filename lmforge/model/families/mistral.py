@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lmforge.model.families import Sizes, Weight, family
-from lmforge.model.families.blocks import attention, ends, gated_mlp, norms
+from lmforge.model.families.blocks import BY_HEADS, attention, ends, gated_mlp, norms
 
 DEFAULTS = {
     "vocab_size": 32000,
@@ -20,7 +20,7 @@ DEFAULTS = {
 }
 
 
-@family("mistral", DEFAULTS)
+@family("mistral", DEFAULTS, splits=BY_HEADS)
 def weights(sizes: Sizes) -> Iterator[Weight]:
     yield from ends(sizes)
     yield from attention(sizes, bias=False, out_bias=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lmforge.model.families import Sizes, Weight, family
-from lmforge.model.families.blocks import attention, ends, gated_mlp, norms, query_key_norms
+from lmforge.model.families.blocks import WHOLE_HEADS, attention, ends, gated_mlp, norms, query_key_norms
 
 DEFAULTS = {
     "vocab_size": 50304,
@@ -21,7 +21,7 @@ DEFAULTS = {
 }
 
 
-@family("olmo2", DEFAULTS)
+@family("olmo2", DEFAULTS, splits=WHOLE_HEADS)
 def weights(sizes: Sizes) -> Iterator[Weight]:
     bias = sizes.more["attention_bias"]
     yield from ends(sizes)

@@ -13,7 +13,7 @@ from torch import Tensor
 from lmforge.errors import DataError
 from lmforge.formats import packing
 from lmforge.formats.tokens import Tokens
-from lmforge.inference.forward import logits
+from lmforge.inference import forward
 from lmforge.training.losses.tokens import IGNORE, token_cross_entropy
 from lmforge.training.objective import Batch, LossParts
 
@@ -53,4 +53,8 @@ class CausalLM:
         return (batch["labels"] != IGNORE).sum()
 
     def loss(self, model: Any, batch: Batch) -> LossParts:
-        return LossParts(token_cross_entropy(logits(model, batch), batch["labels"]).sum(), self.weight(batch), {})
+        return self.of_logits(forward.logits(model, batch), batch["labels"])
+
+    def of_logits(self, logits: Tensor, labels: Tensor) -> LossParts:
+        """The loss of logits [rows, seq_len, vocabulary] that are there already, as in a pipeline's last stage."""
+        return LossParts(token_cross_entropy(logits, labels).sum(), (labels != IGNORE).sum(), {})

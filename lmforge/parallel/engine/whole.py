@@ -1,12 +1,18 @@
-"""Lightning strategies out of parallel nodes. Ranks are started by torchrun or Lightning's own launcher."""
+"""Every rank holds the whole model: one device, and DDP."""
 # No `from __future__ import annotations` here: torch reads a hook's annotations and wants the types themselves.
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 
-BACKEND = {"cpu": "gloo", "cuda": "nccl"}
+from lmforge.parallel.engine.base import BACKEND, Engine
+from lmforge.parallel.layout import ONE, Spread
 
 
 def reduce_in(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
@@ -17,13 +23,19 @@ def reduce_in(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Futu
     return summed.then(lambda done: gradients.copy_(done.value()[0]))
 
 
-class ReducingDDP(DDPStrategy):
+class OneDevice(Engine, SingleDeviceStrategy):
+    """The CPU, or the first GPU that CUDA shows."""
+
+    mesh = ONE
+
+
+class ReducingDDP(Engine, DDPStrategy):
     """DDP that averages gradients in `reduce_dtype`, on CPU too, where Lightning drops a hook unsaid and torch refuses its own."""
 
-    def __init__(self, backend: str, reduce_dtype: str) -> None:
+    def __init__(self, spread: Spread) -> None:
         # A language model's buffers are constants, so that they need no broadcast.
-        super().__init__(process_group_backend=backend, gradient_as_bucket_view=True, broadcast_buffers=False)
-        self.reduce_dtype = reduce_dtype
+        super().__init__(process_group_backend=BACKEND[spread.accelerator], gradient_as_bucket_view=True, broadcast_buffers=False)
+        self.mesh, self.reduce_dtype = spread.mesh, spread.reduce_dtype
 
     def configure_ddp(self) -> None:
         """Wrap the model; gradients that have the dtype already need no hook."""
@@ -33,12 +45,12 @@ class ReducingDDP(DDPStrategy):
         if any(parameter.dtype != dtype for parameter in self.model.parameters()):
             self.model.register_comm_hook(dtype, reduce_in)
 
+    def accumulating(self, module: LightningModule, *, last: bool) -> AbstractContextManager[Any]:
+        """The buckets that gradients travel in are the gradients' own memory."""
+        assert isinstance(self.model, DistributedDataParallel)
+        return contextlib.nullcontext() if last else self.model.no_sync()
 
-def single(accelerator: str) -> Strategy:
-    """One device: the CPU, or the first GPU that CUDA shows."""
-    return SingleDeviceStrategy(device=torch.device("cuda", 0) if accelerator == "cuda" else torch.device("cpu"))
 
-
-def ddp(accelerator: str, reduce_dtype: str) -> Strategy:
-    """Gradients averaged over all ranks; the buckets they travel in are the gradients' own memory."""
-    return ReducingDDP(BACKEND[accelerator], reduce_dtype)
+def single(spread: Spread) -> OneDevice:
+    """One device."""
+    return OneDevice(device=torch.device("cuda", 0) if spread.accelerator == "cuda" else torch.device("cpu"))

@@ -1,0 +1,153 @@
+"""ZeRO by DeepSpeed under Lightning's strategy, on GPUs and (where Lightning refuses it) on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_fp32_param, safe_set_full_optimizer_state
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lmforge.parallel.engine.base import BACKEND, Batch, Engine, Losses
+from lmforge.parallel.engine.gather import fill, skeleton
+
+if TYPE_CHECKING:
+    from lmforge.parallel.layout import Spread
+    from lmforge.parallel.nodes import DeepSpeed
+
+
+class AsItComes(DeepSpeedPrecision):
+    """float32 weights, and batches as they are: the step's own autocast casts what matrix products take."""
+
+    def __init__(self) -> None:
+        super().__init__("32-true")
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
+class DeepSpeedEngine(Engine, DeepSpeedStrategy):
+    """DeepSpeed owns gradients, clipping and the update; `config` is the one that the plan shows."""
+
+    def __init__(self, options: DeepSpeed, spread: Spread) -> None:
+        config = options.deepspeed_config(
+            compute_dtype=spread.compute_dtype,
+            reduce_dtype=spread.reduce_dtype,
+            gradient_clipping=spread.gradient_clipping,
+            micro_batch_size=spread.micro_batch_size,
+            accumulation=spread.accumulation,
+        )
+        super().__init__(config=config, process_group_backend=BACKEND[spread.accelerator], precision_plugin=AsItComes())
+        self._config_initialized = True  # it is whole: Lightning has nothing to fill in
+        self.options, self.told, self.mesh = options, spread, spread.mesh
+
+    # Lightning allows DeepSpeed on GPUs only; DeepSpeed itself runs on both.
+
+    def setup_environment(self) -> None:
+        if self.told.accelerator == "cpu":
+            DDPStrategy.setup_environment(self)  # type: ignore[arg-type]
+        else:
+            super().setup_environment()
+
+    def setup_distributed(self) -> None:
+        if self.told.accelerator == "cpu":
+            self.set_world_ranks()
+            self._init_deepspeed_distributed()
+        else:
+            super().setup_distributed()
+
+    @property
+    def root_device(self) -> torch.device:
+        """DeepSpeed wants an index, on the CPU too."""
+        return torch.device("cpu", self.local_rank) if self.told.accelerator == "cpu" else super().root_device
+
+    def spread(self, model: Any) -> Any:
+        self.skeleton = skeleton(model)
+        return model
+
+    def gradients(self, module: LightningModule, batches: Sequence[Batch], loss: Losses) -> None:
+        """DeepSpeed divides by the number of micro-batches, so each is multiplied by it; `step` after all but the last only counts."""
+        engine = self.deepspeed_engine
+        for index, batch in enumerate(batches):
+            # What its forward does first; a step of ours is one forward of many micro-batches, and ZeRO-3 would keep the last one's gradients only.
+            engine.optimizer.clear_backward_seen_flag()
+            module.manual_backward(loss.of(batch) * len(batches))
+            if index < len(batches) - 1:
+                engine.step()
+
+    def update(self, parameters: Sequence[nn.Parameter], optimizers: Sequence[Optimizer], clip: float | None, skips: Callable[[Tensor], bool]) -> Tensor:
+        """Its config says how to clip, and it knows the norm once it has stepped, so that nothing can be skipped."""
+        self.deepspeed_engine.step()
+        norm = torch.as_tensor(float(self.deepspeed_engine.get_global_grad_norm() or 0.0), device=self.root_device)
+        skips(norm)
+        return norm
+
+    def whole(self, model: Any) -> Any:
+        parameters = dict(model.named_parameters())
+        return fill(self.skeleton, lambda name: _whole(parameters[name]), model.training)
+
+    # The resumable state in the form of the other engines: whole tensors, each kept by one rank
+
+    def state(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+        weights, moments = {}, {}
+        steps = _steps(self._client)
+        for index, (name, parameter) in enumerate(model.named_parameters()):
+            if not parameter.requires_grad:
+                continue
+            found = {"weight": safe_get_full_fp32_param(parameter)} | {key: safe_get_full_optimizer_state(parameter, key) for key in self._moments()}
+            if index % self.world_size == self.global_rank:  # all ranks have it for a moment, one keeps it
+                kept = {key: value.detach().cpu().clone() for key, value in found.items()}
+                weights[name] = kept.pop("weight")
+                moments[name] = {**kept, **steps}
+        return {"weights": weights | dict(_buffers(model)), "optimizer": moments}
+
+    def put_state(self, model: nn.Module, optimizers: Sequence[Optimizer], saved: Mapping[str, Any]) -> None:
+        for name, value in _buffers(model):
+            value.copy_(saved["weights"][name])
+        counted: dict[str, float] = {}
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            safe_set_full_fp32_param(parameter, saved["weights"][name])
+            for key in self._moments():
+                safe_set_full_optimizer_state(parameter, saved["optimizer"][name][key], key)
+            counted = {key: value for key, value in saved["optimizer"][name].items() if not isinstance(value, Tensor)}
+        for values in self._client.state.values():
+            for key, number in counted.items():
+                values[key] = torch.full_like(values[key], number) if isinstance(values.get(key), Tensor) else torch.tensor(number)
+
+    @property
+    def _client(self) -> Optimizer:
+        """The optimizer of ours inside DeepSpeed's."""
+        inner: Optimizer = self.optimizers[0].optimizer
+        return inner
+
+    def _moments(self) -> list[str]:
+        """The names of what the optimizer keeps for every element."""
+        first = next(iter(self._client.state.values()), {})
+        return [key for key, value in first.items() if isinstance(value, Tensor) and value.ndim > 0]
+
+
+def _steps(optimizer: Optimizer) -> dict[str, float]:
+    """Step counters, which all parameters share."""
+    first = next(iter(optimizer.state.values()), {})
+    return {key: float(value) for key, value in first.items() if not (isinstance(value, Tensor) and value.ndim > 0)}
+
+
+def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    persistent = model.state_dict().keys()
+    yield from ((name, value) for name, value in model.named_buffers() if name in persistent)
+
+
+def _whole(parameter: Any) -> Tensor:
+    """A weight that ZeRO-3 has split, whole; others as they are."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
