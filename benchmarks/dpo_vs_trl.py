@@ -87,7 +87,7 @@ def ours(home: Path, steps: int) -> float:
     """Seconds of the reference pass and of a training for each beta."""
     optimizer = AdamW(
         lr=LEARNING_RATE, weight_decay=0.0, grad_clip=1.0, global_batch_tokens=2 * PAIRS_PER_STEP * (PROMPT + RESPONSE), beta1=0.9, beta2=0.999, eps=1e-8,
-        schedule=Constant(warmup=0.0),
+        schedule=Constant(warmup=0.0), skip_sigma=None, skip_window=128, max_skips=0,
     )  # fmt: skip
     recipe = Recipe(
         steps=steps, rows_per_step=PAIRS_PER_STEP, seq_len=PROMPT + RESPONSE, seed=0, optimizer=optimizer, param_dtype="float32", compute_dtype="float32",

@@ -159,6 +159,7 @@ class World:
         if group == "hardware":
             return [f"hardware={option}", "stage=pretrain", "parallel=ddp", "parallel.devices=1", *data]
         several = ["parallel.devices=4"] if group == "parallel" and option != "single" else []
+        several += ["optimizer.max_skips=4"] if group == "optimizer" else []  # skip_sigma asks for some
         return [f"{group}={option}", f"stage={stages}", *several, *data, *hardware]
 
     def special(self, leaf: Leaf) -> list[Any]:

@@ -6,6 +6,7 @@ import dataclasses
 
 from lmforge.errors import PlanError
 from lmforge.model.weights import nearest_divisors
+from lmforge.parallel.layout import data_degree
 from lmforge.plan import Plan, Step
 from lmforge.stage.nodes import TrainingStage
 from lmforge.step import Placement
@@ -25,7 +26,7 @@ def _placed(step: Step, available: int) -> Step:
     stage, parallel = step.spec, step.spec.parallel
     devices = parallel.world(available)
     mesh = parallel.mesh(devices)
-    ranks = mesh.get("dp_replicate", 1) * mesh.get("dp_shard", 1)
+    ranks = data_degree(mesh)
     batch = stage.optimizer.global_batch_tokens or 0
     rows = batch // stage.row_tokens
     where = f"stage.{step.name}"
@@ -33,13 +34,18 @@ def _placed(step: Step, available: int) -> Step:
         near = max(1, round(rows / ranks)) * ranks * stage.row_tokens
         raise PlanError(f"{where}.optimizer.global_batch_tokens", f"{rows} rows do not split over {ranks} devices", f"type {near}, or fewer parallel.devices")
     each = rows // ranks
-    micro = parallel.micro_batch_size or largest_divisor(each, MICRO_BATCH_TOKENS // stage.row_tokens)
+    # A pipeline of few micro-batches stands idle for most of a step.
+    most = min(MICRO_BATCH_TOKENS // stage.row_tokens, each // mesh["pp"] if mesh["pp"] > 1 else each)
+    micro = parallel.micro_batch_size or largest_divisor(each, most)
     if each % micro:
         raise PlanError(f"{where}.parallel.micro_batch_size", f"{micro} does not divide the {each} rows a device has", f"type {nearest_divisors(each, micro)}")
-    line = f"{rows} rows = {ranks} {'device' if ranks == 1 else 'devices'} x {micro} rows x {each // micro} accumulated"
+    if each // micro < mesh["pp"]:
+        what = f"{each // micro} micro-batches of {micro} rows are fewer than the {mesh['pp']} stages of the pipeline"
+        raise PlanError(f"{where}.parallel.micro_batch_size", what, f"type {where}.parallel.micro_batch_size={max(1, each // mesh['pp'])}, or a larger batch")
+    shares = {1: "device"}.get(ranks, "devices") if ranks == devices else "data-parallel ranks"
+    line = f"{rows} rows = {ranks} {shares} x {micro} rows x {each // micro} accumulated"
     strategy = parallel.emitted(
         compute_dtype=stage.precision.compute_dtype,
-        loss_scale=stage.precision.loss_scale,
         reduce_dtype=stage.precision.reduce_dtype,
         gradient_clipping=stage.optimizer.grad_clip,
         micro_batch_size=micro,

@@ -16,6 +16,7 @@ from lmforge.errors import ConfigError
 
 STEP_FILE = "step.json"  # written last: a folder that has it is a finished step
 RUN_FILE = "run.json"
+STATE_INDEX = "state/index.json"  # what a step that is not finished can go on from
 ADAPTER_FILE = "adapter_config.json"  # what makes a folder a PEFT adapter
 TOKENIZER_FILES = (  # of a Hugging Face folder; nothing in them runs
     "tokenizer.json",

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from lmforge.inference import forward
 
@@ -128,6 +130,15 @@ class _Running:
         self.cache = DynamicCache(config=base.config)
         self.keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(base).forward).parameters else {}
         self.positions = (self.mask.cumsum(1) - 1).clamp_min(0)
+        # Ranks that each hold a part of the weights gather them in every pass, so none may stop before the others.
+        self.together = any(isinstance(module, FSDPModule) for module in model.modules())
+
+    def any(self, going: Tensor) -> bool:
+        """Whether a row goes on, here or on a rank that this one must wait for."""
+        some = going.any().float()
+        if self.together:
+            dist.all_reduce(some, op=dist.ReduceOp.MAX)
+        return bool(some)
 
     def logits(self) -> Tensor:
         """Of the next token: [active, vocabulary]."""
@@ -154,6 +165,8 @@ class _Running:
         self.ids, self.positions = ids[:, None], self.positions[:, -1:] + 1
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], 1)
         kept = going[self.rows].nonzero()[:, 0]
+        if self.together and not len(kept):
+            kept = torch.zeros(1, dtype=torch.int64, device=ids.device)  # what it says is not written down
         if 2 * len(kept) <= len(ids):
             self.rows, self.ids, self.positions, self.mask = self.rows[kept], self.ids[kept], self.positions[kept], self.mask[kept]
             self.cache.batch_select_indices(kept)
@@ -173,7 +186,7 @@ def _answer(running: _Running, tokens: int, draws: _Draws, stop_ids: Collection[
         logprobs[rows, step] = torch.where(active, logps, 0.0)
         lengths[rows] += active
         going[rows] = active & ~torch.isin(drawn, stops)
-        if step + 1 == tokens or not bool(going.any()):
+        if step + 1 == tokens or not running.any(going):
             break
         running.go_on(drawn, going)
     return ids, logprobs, lengths, ~going

@@ -6,9 +6,10 @@ Weight decay applies to matrices only, see `groups.decays`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from lmforge.errors import RunError
+from lmforge.errors import Problem, RunError
 from lmforge.optimizer.groups import Named, numel, role, split_decay
 from lmforge.optimizer.schedule import Constant, Cosine, Linear, Schedule, Wsd
 from lmforge.registry import Key, Node, node, register
@@ -31,7 +32,10 @@ Nesterov = Annotated[bool, Key("look ahead along the momentum")]
 
 @node
 class Optimizer(Node):
-    """What every optimizer has: a peak learning rate, decay, clipping, the batch and a schedule."""
+    """What every optimizer has: a peak learning rate, decay, clipping, the batch, what is skipped and a schedule.
+
+    The rule of `skip_sigma` is that of OLMo-core's SkipStepOptimizer, which has 6 and 128.
+    """
 
     group: ClassVar[str] = "optimizer"
 
@@ -39,7 +43,15 @@ class Optimizer(Node):
     weight_decay: Annotated[float, Key("weight decay, on matrices only (no norms, biases, embeddings)", ge=0)]
     grad_clip: Annotated[float | None, Key("largest global gradient norm; null = no clipping", gt=0)]
     global_batch_tokens: Annotated[int | None, Key("tokens of one optimizer step over all devices; null = 64 rows of the stage", unit="tokens", gt=0)]
+    skip_sigma: Annotated[float | None, Key("skip a step whose loss or gradient norm is so many standard deviations above the mean; null = never", gt=0)]
+    skip_window: Annotated[int, Key("last accepted steps which that mean and deviation are of", unit="steps", ge=2)]
+    max_skips: Annotated[int, Key("steps skipped, not finite or spiking, before a run stops; 0 = it stops at the first not finite", unit="steps", ge=0)]
     schedule: Schedule
+
+    def check(self, where: str) -> Iterator[Problem]:
+        if self.skip_sigma is not None and self.max_skips == 0:
+            instead = f"type how many, such as {where}.max_skips=10, or {where}.skip_sigma=null"
+            yield Problem(f"{where}.skip_sigma", f"{self.skip_sigma:g} is to skip steps, and {where}.max_skips=0 allows none", instead)
 
     def build(self, named_parameters: Named) -> list[TorchOptimizer]:
         """The torch optimizers that together update every given parameter once."""

@@ -59,10 +59,15 @@ class Parallel(Node):
         return {"strategy": self.type, "activation_checkpointing": self.activation_checkpointing, "compile": self.compile}
 
     def emitted(
-        self, *, compute_dtype: str, loss_scale: float | None, reduce_dtype: str, gradient_clipping: float | None, micro_batch_size: int, accumulation: int
+        self, *, compute_dtype: str, reduce_dtype: str, gradient_clipping: float | None, micro_batch_size: int, accumulation: int
     ) -> dict[str, Any]:
         """What the plan shows of the strategy once precision, clipping and the micro-batch are known; most options need none of them."""
         return self.strategy_args()
+
+    @property
+    def whole(self) -> bool:
+        """Whether every device holds the whole model."""
+        return self.shard_degree("params", 2**20) == 1
 
     @property
     def option(self) -> str:
@@ -147,6 +152,10 @@ class Mesh(Several):
         open_axes = [axis for axis, size in self.axes().items() if size is None]
         if len(open_axes) > 1:
             yield Problem(where, f"{' and '.join(open_axes)} are both null, and one axis only can be what the others leave", f"type {where}.{open_axes[1]}=1")
+
+    @property
+    def whole(self) -> bool:
+        return False
 
     def shard_degree(self, part: Part, devices: int) -> int:
         return self.mesh(devices)["dp_shard"]

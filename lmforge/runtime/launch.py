@@ -1,181 +1,184 @@
-"""Where a job runs: in this process on one device, by torchrun on several. Ranks read the job as JSON, so nothing is pickled.
+"""Where a job runs: in this process on one device, on ranks of its own on several; one rank's failure ends them all.
 
-Ranks never outlive their launcher, nor meet those of another one, however any of them ends:
-- torchrun and the ranks inherit the reading end of a pipe as their standard input; the kernel closes the other end with the launcher,
-  and a rank that reads the end of it ends at once.
-- They inherit `ranks.log` as their output, which the launcher has locked; the kernel keeps the lock until the last of them has ended.
+`launch` starts the ranks itself, or with `company` (the processes of torchrun or Slurm) one in each of them. Rank 0's report is followed,
+the others are silent. Whatever happens, no rank is left when `launch` returns or raises.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
-import os
-import signal
-import subprocess
-import sys
-import threading
+import time
+import traceback
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
-from types import FrameType
-from typing import Any, TextIO
+from typing import Any, Protocol
 
 from lmforge.codec import encode
 from lmforge.compiler.emit import Job
-from lmforge.errors import LmforgeError, RunError
-from lmforge.plan import read_step
-from lmforge.runtime.workspace import write_json
+from lmforge.errors import LmforgeError
+from lmforge.plan import Step
+from lmforge.runtime.events import EVENTS, Lines
+from lmforge.runtime.ranks import FOLDER, INTERRUPTED, Crash, Outcome, Rank, cause, environment, first_line
 from lmforge.step import Report
-from lmforge.track.jsonl import plain
 
-JOB, RESULT, EVENTS, LOG = "job.json", "result.json", "events.jsonl", "ranks.log"
-GRACE_S = 60  # for ranks that were asked to stop: the running step and a state to disk
-INTERRUPTED = 130
-
-
-def launch(job: Job, report: Report) -> dict[str, Any]:
-    """Run the job; returns its metrics."""
-    return job.run(report) if job.step.placement.devices == 1 else _ranks(job, report)
+GRACE_S = 60.0  # for ranks that were asked to stop: the running step and a state to disk; also for the last ones after rank 0 is through
+AFTER_FAILURE_S = 5.0  # for the others to end by themselves once one has failed: longer than a lost connection takes to show, and their cause
+POLL_S = 0.2
 
 
-def _ranks(job: Job, report: Report) -> dict[str, Any]:
-    """One process per device through torch.distributed.run; rank 0's report comes back as lines of JSON."""
-    folder = job.folder
-    with (folder / LOG).open("a") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)  # waits for ranks whose launcher was killed a moment ago
-        log.truncate(0)
-        write_json(folder / JOB, {"step": encode(job.step), "folder": str(folder), "inputs": {kind: str(path) for kind, path in job.inputs.items()}})
-        for name in (RESULT, EVENTS):
-            (folder / name).unlink(missing_ok=True)
-        (folder / EVENTS).touch()
-        with _start(folder, job.step.placement.devices, log) as ranks, (folder / EVENTS).open() as events:
-            _follow(ranks, events, report)
-    result = json.loads((folder / RESULT).read_text()) if (folder / RESULT).is_file() else {}
-    if ranks.returncode != 0 or "metrics" not in result:
-        raise RunError(job.step.name, result.get("error") or f"a rank ended with code {ranks.returncode}", f"its output is in {folder / LOG}")
-    for name in (JOB, RESULT, EVENTS):
-        (folder / name).unlink(missing_ok=True)
-    metrics: dict[str, Any] = result["metrics"]
+class Away(Protocol):
+    """The ranks of one start that other processes hold."""
+
+    def look(self) -> Sequence[Outcome]:
+        """Those that have ended since the last call."""
+
+    def terminate(self) -> None:
+        """Ask them all to stop."""
+
+    def kill(self) -> None:
+        """End them all."""
+
+
+class Company(Protocol):
+    """Processes that torchrun or Slurm started beside this one, which is the first of them."""
+
+    address: str  # of this machine, as the others reach it
+
+    def numbers(self) -> tuple[int, int, int]:
+        """How many there are, how many on this machine, and which machine this is."""
+
+    def start(self, job: dict[str, Any], folder: Path, port: int, attempt: int) -> Away:
+        """Have each of them start its rank; they meet at this machine's `port`."""
+
+
+def launch(job: Job, report: Report, company: Company | None = None, attempt: int = 0) -> dict[str, Any]:
+    """Run the job; returns its metrics. Raises the failing rank's own error, or Crash for a rank that was killed or failed by a foreign one.
+
+    What is tried again runs in a process of its own on one device too: an error may leave a GPU unusable to the process that met it.
+    """
+    if job.step.placement.devices == 1 and attempt == 0:
+        return _here(job, report)
+    plain = {"step": encode(job.step), "inputs": {kind: str(path) for kind, path in job.inputs.items()}}
+    file = job.folder / EVENTS
+    file.write_text("")
+    with file.open() as events, _started(job, plain, company, attempt) as crew:
+        lines = Lines(events, report)
+        try:
+            crew.follow(lines)
+        finally:
+            crew.kill()
+            lines.pass_on()
+            file.unlink()
+    return _metrics(job.step.name, list(crew.ended.values()))
+
+
+def _here(job: Job, report: Report) -> dict[str, Any]:
+    """In this process. A foreign error of a step that may be tried again goes whole into the log that a rank would have, and is a Crash."""
+    try:
+        return job.run(report)
+    except (LmforgeError, OSError):
+        raise
+    except Exception as error:
+        if not allowed(job.step):
+            raise
+        log = job.folder / FOLDER / "0.log"
+        log.parent.mkdir(exist_ok=True)
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+        crash = Crash(job.step.name, f"{type(error).__name__}: {first_line(error)}", f"the whole of it is in {log}")
+    raise crash  # out here it holds no frame of the step, whose memory the next attempt needs
+
+
+def allowed(step: Step) -> int:
+    """How often a step may be tried again after a crash."""
+    restarts: int = step.spec.parallel.max_restarts if hasattr(step.spec, "parallel") else 0
+    return restarts
+
+
+def _metrics(step: str, ended: list[Outcome]) -> dict[str, Any]:
+    """Of rank 0, where all of them are through; else the error of the one that the others follow from."""
+    if (failure := cause(ended)) is not None:
+        raise failure.error(step)
+    if any(one.code == INTERRUPTED for one in ended):
+        raise KeyboardInterrupt
+    metrics: dict[str, Any] = next(one.word["metrics"] for one in ended if one.rank == 0)
     return metrics
 
 
-def _start(folder: Path, devices: int, log: TextIO) -> subprocess.Popen[bytes]:
-    """torchrun in a session of its own: a Ctrl-C of the terminal comes to the launcher alone, which passes on one signal."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}", "-m", "lmforge.runtime.worker", str(folder)]
-    threads = str(max(1, (os.cpu_count() or 1) // devices))
-    env = {"OMP_NUM_THREADS": threads, **os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_S)}
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, start_new_session=True)
-
-
-def _follow(ranks: subprocess.Popen[bytes], events: TextIO, report: Report) -> None:
-    """Pass on what rank 0 says until the ranks end. On Ctrl-C or SIGTERM they are asked once to stop, and followed until they have."""
-    lines = _Lines(events, report)
-    try:
-        with _sigterm_interrupts():
-            while ranks.poll() is None:
-                lines.pass_on()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    ranks.wait(timeout=0.2)
-    except BaseException:
-        ranks.terminate()  # torchrun hands it to every rank, and waits GRACE_S for them
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            ranks.wait(timeout=GRACE_S + 10)
-        raise
-    finally:
-        ranks.kill()  # where it has not ended by now, as on a second Ctrl-C; its ranks end with the pipe
-        lines.pass_on()
-
-
-class _Lines:
-    """The lines of rank 0's report, of which the last may be there in part."""
-
-    def __init__(self, events: TextIO, report: Report) -> None:
-        self.events, self.report, self.pending = events, report, ""
-
-    def pass_on(self) -> None:
-        """Say again what has come since the last call."""
-        for line in self.events:
-            self.pending += line
-            if self.pending.endswith("\n"):
-                verb, arguments = json.loads(self.pending)
-                self.pending = ""
-                getattr(self.report, verb)(*arguments)
-
-
 @contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM as Ctrl-C, so that ranks write their state under a scheduler that takes the machine back; in the main thread, as Python has it."""
+def _started(job: Job, plain: dict[str, Any], company: Company | None, attempt: int) -> Iterator[Crew]:
+    """The ranks, and the store at which they meet: this process keeps it, as torchrun does, on a port that the system picks."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
+    devices = job.step.placement.devices
+    crew = Crew([], None, devices)
+    if devices == 1:
+        crew.here = [Rank(0, job.folder, plain, {}, attempt)]
+        yield crew
         return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    address = company.address if company else "127.0.0.1"
+    store = TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=GRACE_S))
+    world, local, node = company.numbers() if company else (devices, devices, 0)
     try:
-        yield
+        if company:
+            crew.away = company.start(plain, job.folder, store.port, attempt)
+        for rank in range(1 if company else devices):
+            crew.here.append(Rank(rank, job.folder, plain, environment(rank, world, rank, local, node, address, store.port), attempt))
+        yield crew
     finally:
-        signal.signal(signal.SIGTERM, before)
+        crew.kill()
+        del store
 
 
-class FileReport(Report):
-    """Rank 0's report, as lines of JSON that the launcher follows."""
+class Crew:
+    """All ranks of one start: those of this process, and those of others."""
 
-    def __init__(self, file: Path) -> None:
-        self.handle = file.open("a", buffering=1)
+    def __init__(self, here: list[Rank], away: Away | None, size: int) -> None:
+        self.here, self.away, self.size = here, away, size
+        self.ended: dict[int, Outcome] = {}
 
-    def _say(self, verb: str, *arguments: Any) -> None:
-        self.handle.write(json.dumps([verb, arguments]) + "\n")
+    def follow(self, lines: Lines) -> None:
+        """Pass on what rank 0 says until all have ended, or one has failed and the others had their time. On Ctrl-C or SIGTERM they are
+        asked once to stop, and followed until they have."""
+        try:
+            while self._running() and not self._over():
+                lines.pass_on()
+                time.sleep(POLL_S)
+        except KeyboardInterrupt:
+            self._stop(lines)
+            raise
 
-    def log(self, step: int, metrics: Any) -> None:
-        """Metrics of one interval."""
-        self._say("log", step, dict(metrics))
+    def _stop(self, lines: Lines) -> None:
+        for rank in self.here:
+            rank.terminate()
+        if self.away:
+            self.away.terminate()
+        deadline = time.monotonic() + GRACE_S
+        while self._running() and not cause(self.ended.values()) and time.monotonic() < deadline:
+            lines.pass_on()
+            time.sleep(POLL_S)
 
-    def progress(self, done: int, total: int, text: str = "") -> None:
-        """How far the step is."""
-        self._say("progress", done, total, text)
+    def _running(self) -> bool:
+        found = [rank.poll() for rank in self.here if rank.number not in self.ended]
+        for one in [*found, *(self.away.look() if self.away else ())]:
+            if one is not None:
+                self.ended[one.rank] = one
+        return len(self.ended) < self.size
 
-    def sample(self, title: str, text: str) -> None:
-        """A piece of text for people."""
-        self._say("sample", title, text)
+    def _over(self) -> bool:
+        """Whether the others have had their time: since the first failure, or since rank 0 was through with all its work."""
+        failures = [one.at for one in self.ended.values() if one.failed]
+        if failures:
+            return time.time() - min(failures) > AFTER_FAILURE_S
+        first = self.ended.get(0)
+        if first is None or time.time() - first.at < GRACE_S:
+            return False
+        late = sorted(set(range(self.size)) - self.ended.keys())
+        raise Crash(f"rank {late[0]}", f"did not end within {GRACE_S:.0f} s of rank 0", "its output is in the step's folder under ranks/")
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """A table for people."""
-        self._say("table", title, list(columns), plain(rows))
-
-
-def worker(folder: Path) -> int:
-    """What each rank runs. The first rank to fail leaves its own message; the others only end."""
-    threading.Thread(target=_end_with_launcher, daemon=True).start()
-    plain = json.loads((folder / JOB).read_text())
-    job = Job(step=read_step(plain["step"]), folder=folder, inputs={kind: Path(path) for kind, path in plain["inputs"].items()})
-    first = os.environ["RANK"] == "0"
-    _own_device()
-    try:
-        metrics = job.run(FileReport(folder / EVENTS) if first else Report())
-    except LmforgeError as error:
-        if not (folder / RESULT).is_file():
-            write_json(folder / RESULT, {"error": "; ".join(str(problem) for problem in error.problems)})
-        return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    if first:
-        write_json(folder / RESULT, {"metrics": metrics})
-    return 0
-
-
-def _own_device() -> None:
-    """The GPU of this rank becomes "cuda" for all that runs before and after the strategy places its model."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-
-
-def _end_with_launcher() -> None:
-    """Wait for the end of the launcher's pipe, at which nobody is left to report to and a lock is no longer held: end this process at once."""
-    while os.read(0, 1):
-        continue
-    os._exit(1)
+    def kill(self) -> None:
+        """End those that are left."""
+        if self.away and len(self.ended) < self.size:
+            self.away.kill()
+        for rank in self.here:
+            rank.kill()

@@ -36,10 +36,10 @@ class LiveReport(Report):
         self.bars.stop()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """To disk first: the JSONL is the truth, the tracker a mirror."""
+        """To disk first: the JSONL is the truth, the tracker a mirror of its numbers (a skipped step's row numbers are a list)."""
         self.metrics.log(step, metrics)
         if self.tracker:
-            self.tracker.log(step, metrics)
+            self.tracker.log(step, {name: value for name, value in metrics.items() if isinstance(value, (int, float))})
 
     def progress(self, done: int, total: int, text: str = "") -> None:
         """Move the bar; without a terminal, say so every now and then."""

@@ -15,14 +15,18 @@ from rich.console import Console
 
 from lmforge.codec import encode, keys
 from lmforge.compiler.emit import Job, emit
-from lmforge.errors import PlanError, Problem, RunError
+from lmforge.errors import PlanError, Problem
 from lmforge.explain import render
 from lmforge.formats.store import read_json
 from lmforge.plan import Plan, Step
 from lmforge.registry import Node
 from lmforge.runtime import summary
-from lmforge.runtime.launch import launch
+from lmforge.runtime.disk import readable
+from lmforge.runtime.given import described, fits
+from lmforge.runtime.launch import Company, allowed, launch
 from lmforge.runtime.progress import LiveReport
+from lmforge.runtime.ranks import Crash
+from lmforge.runtime.stopping import requeue, signals
 from lmforge.runtime.workspace import Workspace
 from lmforge.track.jsonl import Metrics
 from lmforge.track.nodes import ArtifactRef, RunInfo, Tracker
@@ -31,21 +35,33 @@ TRACKED = ("stage", "eval", "quantize")  # groups whose steps are runs in the tr
 RECORDED = ("torch", "lightning", "transformers", "tokenizers", "datasets", "lmforge")
 
 
-def run(plan: Plan, console: Console) -> dict[str, Any]:
-    """Make the plan true; returns the metrics of each step. Ctrl-C leaves every finished step and the last state in place."""
-    runnable(plan)
+def run(plan: Plan, console: Console, company: Company | None = None) -> dict[str, Any]:
+    """Make the plan true; returns the metrics of each step. Ctrl-C leaves every finished step and the last state in place, and so does
+    a scheduler's signal, after which a Slurm job goes back into the queue. Steps on many devices run with `company`, where there is one."""
+    with signals() as asked:
+        try:
+            return _run(plan, console, company)
+        except KeyboardInterrupt:
+            requeue(plan, asked, console)
+            raise
+
+
+def _run(plan: Plan, console: Console, company: Company | None) -> dict[str, Any]:
+    runnable(plan, company)
     workspace = Workspace(plan.experiment.output)
     statuses = workspace.statuses(plan)
-    for step in plan.steps:
-        if statuses[step.name].state != "done":
-            step.spec.preflight()
+    waiting = [step for step in plan.steps if statuses[step.name].state != "done"]
+    if company:
+        fits(waiting, company.numbers()[0])
+    for step in waiting:
+        step.spec.preflight()
     workspace.prepare()
     console.print(render(plan, statuses), highlight=False, markup=False, soft_wrap=True)
     started = time.monotonic()
-    fresh = any(status.state != "done" for status in statuses.values())
+    fresh = bool(waiting)
     folder = (None if fresh else workspace.run_of(plan)) or workspace.open_run(plan)
     for job in emit(plan, workspace.folder):
-        _ensure(job, plan, workspace, console)
+        _ensure(job, plan, workspace, console, company)
     metrics = {step.name: workspace.record(step)["metrics"] for step in plan.steps}
     workspace.close_run(folder, plan, metrics)
     if not fresh:
@@ -55,13 +71,12 @@ def run(plan: Plan, console: Console) -> dict[str, Any]:
     return metrics
 
 
-def runnable(plan: Plan) -> None:
-    """Refuse what can be planned but not run yet."""
-    reasons = {step.name: step.spec.parallel.reason for step in plan.steps if hasattr(step.spec, "parallel")}
-    problems = [Problem(f"stage.{name}", reason) for name, reason in reasons.items() if reason]
+def runnable(plan: Plan, company: Company | None = None) -> None:
+    """Refuse what can be planned but not run. With `company` the machine is what its ranks make up."""
+    problems: list[Problem] = []
     machine, here = plan.experiment.hardware.machine(), plan.experiment.hardware.type == "here"
-    if not here:
-        problems.append(Problem("hardware", f"{machine.name} is described, not this machine", "use plan for it; run with hardware=here"))
+    if not here and company is None:
+        problems.append(described(machine.name))
     problems.extend(missing_extras(plan))
     if problems:
         raise PlanError.of(problems)
@@ -83,7 +98,7 @@ def nodes(node: Node) -> Iterator[Node]:
             yield from nodes(inner)
 
 
-def _ensure(job: Job, plan: Plan, workspace: Workspace, console: Console) -> None:
+def _ensure(job: Job, plan: Plan, workspace: Workspace, console: Console, company: Company | None) -> None:
     """Run a job unless its step is done, here or meanwhile in another process."""
     step = job.step
     if workspace.is_done(step):
@@ -91,17 +106,24 @@ def _ensure(job: Job, plan: Plan, workspace: Workspace, console: Console) -> Non
     with workspace.lock(step, lambda line: console.print(line, highlight=False, markup=False)):
         if workspace.is_done(step):
             return
+        with readable(step.name, workspace.output):
+            _until_done(job, plan, workspace, console, company)
+
+
+def _until_done(job: Job, plan: Plan, workspace: Workspace, console: Console, company: Company | None) -> None:
+    """Run a job; after a crash again, from its last state, as often as `parallel.max_restarts` says. Errors of ours would only come again."""
+    for attempt in range(allowed(job.step) + 1):
         try:
-            _run(job, plan, workspace, console)
-        except OSError as error:
-            if error.errno is None or (error.filename is None and error.errno not in (28, 30, 122)):
+            return _attempt(job, plan, workspace, console, company, attempt)
+        except Crash as crash:
+            if attempt == allowed(job.step):
                 raise
-            raise RunError(
-                step.name, f"{error.strerror}: {error.filename or workspace.output}", "make room or mend the folder and type the same again"
-            ) from error
+            done = _resumed_from(job.folder)
+            line = f"{job.step.name}: {crash.reason}; restart {attempt + 1} of {allowed(job.step)}, from {f'step {done}' if done else 'its beginning'}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _run(job: Job, plan: Plan, workspace: Workspace, console: Console) -> None:
+def _attempt(job: Job, plan: Plan, workspace: Workspace, console: Console, company: Company | None, attempt: int) -> None:
     step = job.step
     workspace.clean(step)
     resumed = _resumed_from(job.folder)
@@ -111,7 +133,7 @@ def _run(job: Job, plan: Plan, workspace: Workspace, console: Console) -> None:
     started = time.monotonic()
     try:
         with contextlib.closing(lines), LiveReport(step.name, console, lines, tracker) as report:
-            metrics = launch(job, report)
+            metrics = launch(job, report, company, attempt)
     except BaseException as error:
         if tracker:
             tracker.finish({"error": type(error).__name__}, exit_code=1)
@@ -149,9 +171,3 @@ def _resumed_from(folder: Path) -> int | None:
 def versions() -> Mapping[str, str]:
     """What the step was made with: recorded, never part of a digest."""
     return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in RECORDED}
-
-
-def interrupted(console: Console) -> int:
-    """What Ctrl-C says; 130 as shells have it."""
-    console.print("stopped; what is done is kept: type the same again to go on", highlight=False)
-    return 130

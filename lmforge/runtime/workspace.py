@@ -61,7 +61,7 @@ class Workspace:
         """The status of one step, and why."""
         if self.is_done(step):
             return Status("done")
-        if (self.folder(step) / "state").is_dir():
+        if (self.folder(step) / store.STATE_INDEX).is_file():
             return Status("partial", "goes on from its last state")
         older = self.last_of(step)
         return Status("stale", _why(older, step)) if older else Status("new")
@@ -89,7 +89,7 @@ class Workspace:
     def clean(self, step: Step) -> Path:
         """The step's folder, ready to run in: what an interrupted run left stays only where a state says how to go on from it."""
         folder = self.folder(step)
-        if not (folder / "state").is_dir():
+        if not (folder / store.STATE_INDEX).is_file():
             shutil.rmtree(folder / step.produces, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         return folder

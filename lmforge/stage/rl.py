@@ -39,7 +39,11 @@ def train(stage: Reinforcement, context: Context) -> dict[str, Any]:
     practice = Practice(_schedule(stage, told), rollouts, stage.missing_eos_penalty, context.report, stage.sample_every)
     objective, model = _parts(stage, context, practice, policy, start)
     preflight(objective, model, tokens=tokens, checkpoint=context.inputs["checkpoint"], recipe=told, context=context)
-    metrics = fit(told, objective, model, context, lambda _: save(stage, policy, tokens / "tokenizer", context))
+
+    def keep(trained: Any) -> None:
+        save(stage, getattr(trained, "policy", trained), tokens / "tokenizer", context)
+
+    metrics = fit(told, objective, model, context, keep, tokens / "tokenizer")
     if torch.cuda.is_available():
         policy.to(torch.device("cuda", torch.cuda.current_device()))  # Lightning has put it back
     figures, answers = compare(policy, start, heldout, stage.eval_prompts, stage.seed)

@@ -27,11 +27,11 @@ def train(stage: TrainingStage, context: Context) -> dict[str, Any]:
     """Train from the checkpoint among the inputs, or from scratch; returns the last interval's metrics."""
     tokens, told, objective = context.inputs[f"tokens:{stage.view}"], recipe(stage), stage.objective(context)
     model: Any = starting_weights(stage, context)
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and stage.parallel.whole:
         model.to("cuda")  # where preflight's few rows cost nothing, and where the strategy puts it anyway
     preflight(objective, model, tokens=tokens, checkpoint=context.inputs.get("checkpoint"), recipe=told, context=context)
     # The tokens' own tokenizer: it holds the chat template, and the markers added where the model's had none.
-    return fit(told, objective, model, context, lambda trained: save(stage, trained, tokens / "tokenizer", context))
+    return fit(told, objective, model, context, lambda trained: save(stage, trained, tokens / "tokenizer", context), tokens / "tokenizer")
 
 
 def train_reward(stage: RewardModel, context: Context) -> dict[str, Any]:

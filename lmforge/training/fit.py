@@ -7,6 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,22 +29,23 @@ from lmforge.training.order import StepData
 from lmforge.training.recipe import Recipe
 
 
-def fit(recipe: Recipe, objective: Objective, model: Any, context: Context, save: Callable[[Any], None]) -> dict[str, float]:
+def fit(
+    recipe: Recipe, objective: Objective, model: Any, context: Context, save: Callable[[Any], None], tokenizer: Path | None = None
+) -> dict[str, float]:
     """Train `model` (a transformers model) in place, from the state in `context.folder / "state"` where there is one.
 
     Calls `save(model)` once on rank 0 when all steps are done, and returns the last interval's metrics with `steps`, `tokens` and `train_s`.
     Raises KeyboardInterrupt after Ctrl-C or SIGTERM, its state written; RunError where the loss is not finite or the state cannot be
-    written; CheckpointError where the state cannot be read. The state is left there: it is for the caller to remove, when its step is done.
+    written; CheckpointError where the state cannot be read. The state is left there: it is for the caller to remove, when its step is done. With the
+    model's `tokenizer` folder a state can be exported before that.
     """
     world = context.placement.devices
-    _refuse(recipe, world)
-    folder = context.folder / "state"
-    resumed = state.load(folder)
-    lower(model, recipe)
-    module = TrainingModule(recipe, objective, model, context.report, folder, resumed)
-    steps = range(resumed["step"] if resumed else 0, recipe.steps)
-    del resumed  # the module drops it once it is in the weights
     mesh = context.placement.mesh or ONE
+    _refuse(recipe, world, data_degree(mesh))
+    folder = context.folder / "state"
+    index = state.read_index(folder)
+    lower(model, recipe)
+    steps = range(index["step"] if index else 0, recipe.steps)
     ranks = Ranks(int(os.environ["RANK"]) if world > 1 else 0, mesh)
     data = StepData(
         objective,
@@ -54,6 +56,7 @@ def fit(recipe: Recipe, objective: Objective, model: Any, context: Context, save
         rank=ranks.data_rank,
         world=ranks.data_degree,
     )
+    module = TrainingModule(recipe, objective, model, context.report, folder, tokenizer, data.taken)
     loader = DataLoader(data, batch_size=None, sampler=steps, num_workers=recipe.parallel.data_workers, pin_memory=torch.cuda.is_available())
     with _quiet():
         _run(_trainer(recipe, context, mesh, model), module, loader)
@@ -69,7 +72,9 @@ def fit(recipe: Recipe, objective: Objective, model: Any, context: Context, save
     return {**module.last, "steps": recipe.steps, "tokens": module.tokens, "train_s": module.elapsed_s}
 
 
-def _refuse(recipe: Recipe, world: int) -> None:
+def _refuse(recipe: Recipe, world: int, shares: int) -> None:
+    if recipe.rows_per_step % shares:
+        raise RunError("optimizer.global_batch_tokens", f"{recipe.rows_per_step} rows a step do not divide over {shares} devices", "a multiple of both")
     if world > 1 and int(os.environ.get("WORLD_SIZE", "1")) != world:
         raise RunError("parallel", f"{world} devices need {world} processes", f"start with torchrun --nproc-per-node {world}")
 
@@ -110,6 +115,7 @@ def _run(trainer: Trainer, module: TrainingModule, loader: DataLoader[Any]) -> N
         raise KeyboardInterrupt from None
     finally:
         module.signals.restore()
+        module.saver.close()
 
 
 @contextlib.contextmanager

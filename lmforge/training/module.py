@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 
 from lmforge.step import Report
 from lmforge.training import dropout, state
+from lmforge.training.guard import Guard, agreed
 from lmforge.training.meter import Meter
 from lmforge.training.objective import Figured, LossParts, Objective, Preparing, Resumable
 from lmforge.training.order import GlobalBatch
@@ -24,16 +26,23 @@ from lmforge.training.signals import StopSignals, StopVote
 
 class TrainingModule(LightningModule):
     """Gradients of sum(loss) / sum(weight) over all micro-batches and ranks; the host waits for the device at log intervals only
-    (and in each step where it must know: of an overflow under loss scaling, and that another rank is to stop).
+    (and in each step where it must know: of an overflow under loss scaling, of a step to skip where some may be, and that another rank is to stop).
 
-    `resumed` is what `state.load` gave, `folder` where the next state goes. `last` holds the metrics of the last interval.
+    `folder` is where a state may lie and the next one goes, `tokenizer` the one that belongs to the model, `taken` the rows of a step. `last` holds the
+    metrics of the last interval.
     """
 
-    def __init__(self, recipe: Recipe, objective: Objective, model: nn.Module, report: Report, folder: Path, resumed: dict[str, Any] | None) -> None:
+    def __init__(
+        self, recipe: Recipe, objective: Objective, model: nn.Module, report: Report, folder: Path, tokenizer: Path | None,
+        taken: Callable[[int], Iterable[int]],
+    ) -> None:  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
         self.recipe, self.objective, self.model, self.report = recipe, objective, model, report
-        self.folder, self.resumed = folder, resumed
+        self.folder, self.tokenizer, self.taken = folder, tokenizer, taken
+        self.saver = state.Saver(folder, background=True)
+        optimizer = recipe.optimizer
+        self.guard = Guard(optimizer.skip_sigma, optimizer.skip_window, optimizer.max_skips)
         self.spread = False
         self.signals, self.stopped = StopSignals(), False
         self.done, self.tokens, self.elapsed_s = 0, 0, 0.0
@@ -68,9 +77,8 @@ class TrainingModule(LightningModule):
         self.vote = StopVote(self.device)
         enabled = self.recipe.loss_scale is not None
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=self.recipe.loss_scale or 1.0, enabled=enabled)
-        if self.resumed is not None:
-            self._restore(self.resumed)
-            self.resumed = None
+        if (saved := state.open_state(self.folder)) is not None:
+            self._restore(saved)
         self.signals.install()  # after Lightning's own, which would end the process in the middle of things
         self.saved_at = self.interval_start = time.monotonic()
         self.started = self.interval_start - self.elapsed_s
@@ -84,8 +92,9 @@ class TrainingModule(LightningModule):
         if isinstance(self.objective, Preparing):
             with torch.no_grad(), self.autocast():
                 batch = self.objective.prepare(self.model, batch)
-        loss = self._backward(batch)
-        self._update(batch.step, loss)
+        if self.guard.enabled:
+            self.meter.mark()
+        self._update(batch.step, *self._backward(batch))
         self.done = batch.step + 1
         self.tokens += batch.tokens * self.ranks.data_degree
         if self.done % self.recipe.log_every == 0 or self.done == self.recipe.steps:
@@ -93,24 +102,29 @@ class TrainingModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: GlobalBatch, batch_index: int) -> None:
         stop = self.vote.wanted() if dist.is_initialized() else self.signals.requested
-        late = time.monotonic() - self.saved_at >= self.recipe.save_every_s
+        late = self.vote.late() if dist.is_initialized() else self._late()
         if (stop or late) and self.done < self.recipe.steps:
             self.save_state()
         if stop:
+            self.saver.wait()
             self.stopped = self.trainer.should_stop = True
+
+    def _late(self) -> bool:
+        """Whether it is time for the next state."""
+        return time.monotonic() - self.saved_at >= self.recipe.save_every_s
 
     # One step
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.torch_optimizers for group in optimizer.param_groups]
 
-    def _backward(self, batch: GlobalBatch) -> Tensor:
-        """Gradients of the global batch's mean loss; returns this rank's share of its sum [scalar]."""
-        weight = self.vote.ask(batch.weight if self.ranks.speaks else torch.zeros_like(batch.weight), self.signals.requested)
+    def _backward(self, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
+        """Gradients of the global batch's mean loss; returns this rank's share of its sum, and the global batch's weight [scalars]."""
+        weight = self.vote.ask(batch.weight if self.ranks.speaks else torch.zeros_like(batch.weight), self.signals.requested, self._late())
         # Gradients are means over the data-parallel ranks, so their number takes that mean back.
         shares = Shares(self, (self.ranks.data_degree / weight.clamp_min(1)).float())
         self.engine.gradients(self, batch.micro_batches, shares)
-        return shares.count(len(batch.micro_batches))
+        return shares.count(len(batch.micro_batches)), weight
 
     def autocast(self) -> Any:
         """What a forward pass runs in."""
@@ -118,16 +132,36 @@ class TrainingModule(LightningModule):
         enabled = self.recipe.compute_dtype != self.recipe.param_dtype
         return torch.autocast(self.device.type, dtype=compute if enabled else None, enabled=enabled)
 
-    def _update(self, step: int, loss: Tensor) -> None:
-        """Clip, step and clear the gradients; with loss scaling a step in which any gradient overflowed is skipped whole."""
+    def _update(self, step: int, loss: Tensor, weight: Tensor) -> None:
+        """Clip, step and clear the gradients; a step that the guard refuses, or in which any gradient overflowed under loss scaling, is skipped whole."""
         for optimizer in self.torch_optimizers:
             self.scaler.unscale_(optimizer)
 
-        def skips(norm: Tensor) -> bool:
-            self.meter.watch(step, loss, *(() if self.scaler.is_enabled() else (norm,)))
-            return self._overflowed()
+        refused = False
 
-        self.meter.grad_norm = self.engine.update(self.trainable, self.torch_optimizers, self.recipe.optimizer.grad_clip, skips)
+        def skips(norm: Tensor) -> bool:
+            nonlocal refused
+            overflowed = self._overflowed()
+            refused = self.guard.enabled and self._refused(step, loss, weight, norm, overflowed)
+            if not refused:
+                self.meter.watch(step, loss, *(() if self.scaler.is_enabled() else (norm,)))
+            return refused or overflowed
+
+        norm = self.engine.update(self.trainable, self.torch_optimizers, self.recipe.optimizer.grad_clip, skips)
+        if refused:
+            self.meter.forget()
+        else:
+            self.meter.grad_norm = norm
+
+    def _refused(self, step: int, loss: Tensor, weight: Tensor, norm: Tensor, overflowed: bool) -> bool:
+        """What the guard decides, the same on every rank; the row numbers go to the metrics."""
+
+        def tell(line: Mapping[str, Any]) -> None:
+            if self.trainer.is_global_zero:
+                self.report.log(step + 1, {**line, "step": step + 1})
+
+        mean, whole = agreed(loss, weight, norm, speaks=self.ranks.speaks)
+        return self.guard.skips(step, mean, whole, lambda: self.taken(step), tell, overflowed=overflowed)
 
     def _overflowed(self) -> bool:
         """Whether a gradient of any optimizer overflowed; moves the loss scale, once for all of them.
@@ -144,8 +178,10 @@ class TrainingModule(LightningModule):
     # What is said and kept
 
     def _log(self) -> None:
-        sums = self.meter.read()
-        now = time.monotonic()
+        sums, now = self.meter.read(), time.monotonic()
+        if not sums:  # every step of the interval was skipped, and told
+            self.elapsed_s = now - self.started
+            return
         weight = sums.pop("weight")
         metrics = {name: value / max(weight, 1.0) for name, value in sums.items()}
         if isinstance(self.objective, Figured):
@@ -163,33 +199,33 @@ class TrainingModule(LightningModule):
             self.report.progress(self.done, self.recipe.steps, f"loss {metrics['loss']:.2f} · {_short(metrics['tokens_per_s'])} tok/s")
 
     def save_state(self) -> None:
-        """Write the state after the steps done so far (rank 0; the others hold the same). RunError where it is not finite or cannot be written."""
+        """Write the state after the steps done so far, on all ranks together. RunError where it is not finite or cannot be written."""
         self.saved_at = time.monotonic()
+        meter = self.meter.state_dict()  # of all ranks, the first step that was not finite with it
         self.meter.refuse_bad()
-        if not self.trainer.is_global_zero:
-            return
+        if self.tokenizer is not None and self.trainer.is_global_zero and not (self.folder / state.MODEL).is_dir():
+            state.describe(self.folder, self.model, self.tokenizer)
         payload = {
             "step": self.done,
             "tokens": self.tokens,
             "elapsed_s": time.monotonic() - self.started,
-            "weights": state.weights(self.model),
-            "optimizers": [optimizer.state_dict() for optimizer in self.torch_optimizers],
             "scaler": self.scaler.state_dict(),
-            "meter": self.meter.state_dict(),
+            "meter": meter,
+            "guard": self.guard.state_dict(),
+            **self.engine.state(self.model, self.torch_optimizers),
         }
         if isinstance(self.objective, Resumable):
             payload["objective"] = self.objective.state_dict()
-        state.save(self.folder, self.done, payload)
+        self.saver.save(self.done, payload)
 
-    def _restore(self, saved: dict[str, Any]) -> None:
-        state.put_weights(self.model, saved["weights"], self.folder)
-        for optimizer, one in zip(self.torch_optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(one)
-        self.scaler.load_state_dict(saved["scaler"])
-        self.meter.load_state_dict(saved["meter"])
+    def _restore(self, saved: state.Saved) -> None:
+        found = self.engine.put_state(self.model, self.torch_optimizers, saved.like)
+        self.scaler.load_state_dict(found["scaler"])
+        self.meter.load_state_dict(found["meter"])
+        self.guard.load_state_dict(found["guard"])
         if isinstance(self.objective, Resumable):
-            self.objective.load_state_dict(saved["objective"])
-        self.done, self.tokens, self.elapsed_s = saved["step"], saved["tokens"], saved["elapsed_s"]
+            self.objective.load_state_dict(found["objective"])
+        self.done, self.tokens, self.elapsed_s = found["step"], found["tokens"], found["elapsed_s"]
 
 
 class Shares:

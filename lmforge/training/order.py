@@ -92,6 +92,10 @@ class StepData(Dataset[GlobalBatch]):
         weight = torch.stack([self.objective.weight(batch) for batch in batches]).sum()
         return GlobalBatch(step, batches, weight, sum(batch["input_ids"].numel() for batch in batches))
 
+    def taken(self, step: int) -> NDArray[np.int64]:
+        """The rows of the whole global batch of `step`, over all ranks."""
+        return self.order.take(step * self.rows_per_step, (step + 1) * self.rows_per_step)
+
     def _cut(self, indices: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         for start in range(0, len(indices), self.micro_batch_size):
             yield indices[start : start + self.micro_batch_size]

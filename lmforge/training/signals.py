@@ -43,24 +43,34 @@ class StopSignals:
 
 
 class StopVote:
-    """Whether any rank was asked to stop, told along with the weight of the global batch, which is summed over ranks in every step anyway."""
+    """Whether any rank was asked to stop, and whether a state is due, told along with the weight of the global batch, which is summed over ranks in every step anyway."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def ask(self, weight: Tensor, stop: bool) -> Tensor:
-        """The sum of the ranks' weights [scalar, float64]; without ranks the weight itself."""
-        shared = torch.stack([weight.to(torch.float64), torch.full((), float(stop), dtype=torch.float64, device=self.device)])
+    def ask(self, weight: Tensor, stop: bool, late: bool = False) -> Tensor:
+        """The sum of the ranks' weights [scalar, float64]; without ranks the weight itself. `late`: the first rank's clock says that a state is due."""
+        due = late and (not dist.is_initialized() or dist.get_rank() == 0)
+        asked = torch.tensor([float(stop), float(due)], dtype=torch.float64, device=self.device)
+        shared = torch.cat([weight.to(torch.float64).view(1), asked])
         if dist.is_initialized():
             dist.all_reduce(shared)
-        self._votes = shared[1].to("cpu", non_blocking=True)
+        self._votes = shared[1:].to("cpu", non_blocking=True)
         if self.device.type == "cuda":
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
         return shared[0]
 
     def wanted(self) -> bool:
-        """The same answer on every rank. Waits until the device has begun the step, not until it has ended it, so that it never runs dry."""
+        """Whether a rank is to stop: the same answer on every rank."""
+        return bool(self._read()[0])
+
+    def late(self) -> bool:
+        """Whether a state is due: the same answer on every rank."""
+        return bool(self._read()[1])
+
+    def _read(self) -> Tensor:
+        """Waits until the device has begun the step, not until it has ended it, so that it never runs dry."""
         if self.device.type == "cuda":
             self._copied.synchronize()
-        return bool(self._votes)
+        return self._votes

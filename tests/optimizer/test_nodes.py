@@ -127,3 +127,20 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # Python's own way of saying: not importable
     with pytest.raises(RunError, match=r'pip install "lmforge\[bnb\]"'):
         option("adamw_8bit").build(model().named_parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_skipping_is_off_as_it_comes_and_asks_for_a_cap(name: str) -> None:
+    made = option(name)
+    assert (made.skip_sigma, made.skip_window, made.max_skips) == (None, 128, 0)
+    with pytest.raises(ConfigError) as caught:
+        option(name, skip_sigma=6.0)
+    [problem] = caught.value.problems
+    assert str(problem) == (
+        "optimizer.skip_sigma: 6 is to skip steps, and optimizer.max_skips=0 allows none; "
+        "type how many, such as optimizer.max_skips=10, or optimizer.skip_sigma=null"
+    )
+    assert option(name, skip_sigma=6.0, max_skips=1).max_skips == 1
+    assert option(name, max_skips=1).skip_sigma is None
+    with pytest.raises(ConfigError, match=r"optimizer.skip_window: 1 must be >= 2"):  # one value has no deviation
+        option(name, skip_window=1)

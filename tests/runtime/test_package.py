@@ -33,6 +33,7 @@ class Polish(Sft):
     """SFT once more."""
 '''
 RPROP = "defaults: [{schedule: constant}, _self_]\ntype: rprop\nlr: 1e-3\nweight_decay: 0.0\ngrad_clip: null\nglobal_batch_tokens: null\n"
+RPROP += "skip_sigma: null\nskip_window: 128\nmax_skips: 0\n"
 
 
 @pytest.fixture(scope="module")

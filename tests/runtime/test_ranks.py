@@ -30,7 +30,7 @@ def start(corpus: Path, cwd: Path) -> subprocess.Popen[str]:
 
 
 def ranks(cwd: Path) -> list[int]:
-    """The ranks (and torchrun) at work on steps under `cwd`, by what the kernel says of every process."""
+    """The ranks at work on steps under `cwd`, by what the kernel says of every process."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -63,7 +63,7 @@ def test_ranks_end_with_their_launcher_and_stop_with_ctrl_c(corpus: Path, lmforg
     lmforge(*words(corpus), *RANKS, cwd=calm)
     first = start(corpus, killed)
     until_a_state(killed)
-    assert len(ranks(killed)) == 3  # torchrun and two ranks
+    assert len(ranks(killed)) == 2
     first.kill()
     assert gone(killed, END_S), "ranks outlived their launcher"
     first.communicate()

@@ -106,7 +106,7 @@ def test_tables_are_lines_at_the_step_logged_last_and_rewind_with_it(tmp_path: P
 def test_ranks_tables_reach_the_disk_and_the_tracker(tmp_path: Path) -> None:
     from rich.console import Console
 
-    from lmforge.runtime.launch import FileReport, _Lines
+    from lmforge.runtime.events import FileReport, Lines
     from lmforge.runtime.progress import LiveReport
     from lmforge.track.guard import Silent
 
@@ -122,6 +122,6 @@ def test_ranks_tables_reach_the_disk_and_the_tracker(tmp_path: Path) -> None:
     rank.table("answers", ("prompt", "reward"), [("p", 0.5)])
     live = LiveReport("ppo", Console(quiet=True), Metrics(tmp_path / "metrics.jsonl"), Kept())
     with (tmp_path / "events").open() as events:
-        _Lines(events, live).pass_on()
+        Lines(events, live).pass_on()
     assert samples(tmp_path) == [{"step": 7, "title": "answers", "rows": [{"prompt": "p", "reward": 0.5}]}]
     assert Kept.tables == [("answers", ["prompt", "reward"], [["p", 0.5]])]

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lmforge.step import Context, Placement, Report
 from lmforge.training.recipe import Recipe
 
 VOCABULARY, EOS = 61, 0
+UNGUARDED: dict[str, Any] = {"skip_sigma": None, "skip_window": 128, "max_skips": 0}
 
 
 def write_tokens(folder: Path, view: str, examples: int = 60, seq_len: int = 16, seed: int = 0) -> Path:
@@ -101,7 +103,7 @@ def tiny_reward_model() -> Any:
 
 
 def adamw(**changes: Any) -> Optimizer:
-    values = {"lr": 1e-2, "weight_decay": 0.1, "grad_clip": 1.0, "global_batch_tokens": 128, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
+    values = {"lr": 1e-2, "weight_decay": 0.1, "grad_clip": 1.0, "global_batch_tokens": 128, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, **UNGUARDED}
     return AdamW(**{**values, "schedule": Cosine(warmup=0.2, final=0.1), **changes})
 
 
@@ -136,7 +138,8 @@ class Lines(Report):
 
 
 def context(folder: Path, report: Report | None = None, micro_batch_size: int | None = None, devices: int = 1) -> Context:
-    placement = Placement(devices=devices, micro_batch_size=micro_batch_size)
+    mesh = parallel(devices).mesh(devices)
+    placement = Placement(devices=devices, mesh=mesh, micro_batch_size=micro_batch_size)
     return Context(step="pretrain", folder=folder, out=folder / "checkpoint", inputs={}, placement=placement, report=report or Report())
 
 
@@ -168,6 +171,17 @@ def train_kto(folder: Path, report: Report, devices: int = 1, micro: int | None 
     told = recipe(parallel=parallel(devices), optimizer=adamw(eps=1e-5))
     fit(told, Kto(home, home, 0.3, 1.5, 0.7), tiny_model(), context(folder, report, micro, devices), lambda model: made.update(model.state_dict()))
     return made
+
+
+def state_in(folder: Path, step: int | None = None) -> Any:
+    """The whole state in a folder, None without one; a `step` is waited for, since states are written beside the training."""
+    from lmforge.training import state
+
+    deadline = time.monotonic() + 30
+    while step and ((index := state.read_index(folder)) is None or index["step"] < step) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    saved = state.open_state(folder)
+    return None if saved is None else saved.tree()
 
 
 def killed(folder: Path, tokens: Path, dropout: float) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 BACKEND = {"cpu": "gloo", "cuda": "nccl"}
 Batch = Mapping[str, Tensor]
+Read = Callable[[Mapping[str, Tensor]], dict[str, Any]]  # weights to fill, by name -> all that a state holds for this rank
 
 
 class Losses(Protocol):
@@ -97,33 +98,33 @@ class Engine:
     # The resumable state, by the names that parameters have in the whole model
 
     def state(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-        """Trained parameters and persistent buffers ("weights") and each parameter's optimizer state ("optimizer"), as this rank holds them."""
-        moments: dict[str, dict[str, Any]] = {}
-        names = {parameter: name for name, parameter in model.named_parameters()}
+        """Trained parameters and persistent buffers ("weights"), and what the optimizer keeps for each ("optimizer"), as this rank holds them."""
+        names, moments = _names(model), {}
         for optimizer in optimizers:
             for parameter, values in optimizer.state.items():
                 moments[names[parameter]] = {key: _number(value) for key, value in values.items()}
         return {"weights": changing(model), "optimizer": moments}
 
-    def put_state(self, model: nn.Module, optimizers: Sequence[Optimizer], saved: Mapping[str, Any]) -> None:
-        """Take back what `state` gave, from ranks of any mesh: tensors of the same layouts as this rank's."""
-        with torch.no_grad():
-            for name, value in changing(model).items():
-                value.copy_(saved["weights"][name])
-        names = {parameter: name for name, parameter in model.named_parameters()}
+    def put_state(self, model: nn.Module, optimizers: Sequence[Optimizer], read: Read) -> dict[str, Any]:
+        """Take back what `state` gave, from ranks of any mesh; returns all that `read` does, which fills the weights it is given in place."""
+        saved, names = read(changing(model)), _names(model)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    values = saved["optimizer"].get(names[parameter], {})
-                    if values:
-                        optimizer.state[parameter] = {key: _like(value, key, group, parameter) for key, value in values.items()}
+                    if values := saved["optimizer"].get(names[parameter]):
+                        optimizer.state[parameter] = {key: _counter(value, optimizer, group, parameter) for key, value in values.items()}
+        return saved
 
 
 def changing(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes: trainable parameters and persistent buffers. Frozen weights come from where they came from before."""
-    names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
-    names |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    return {name: value for name, value in model.state_dict().items() if name in names}
+    """What training changes: trainable parameters, shared ones once, and persistent buffers. Frozen weights come from where they came from before."""
+    kept = model.state_dict().keys()
+    buffers = {name: value for name, value in model.named_buffers() if name in kept}
+    return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad} | buffers
+
+
+def _names(model: nn.Module) -> dict[nn.Parameter, str]:
+    return {parameter: name for name, parameter in model.named_parameters()}
 
 
 def _number(value: Any) -> Any:
@@ -131,8 +132,8 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, Tensor) and value.ndim == 0 else value
 
 
-def _like(value: Any, key: str, group: Mapping[str, Any], parameter: nn.Parameter) -> Any:
-    """A step counter as torch's optimizers keep it: on the device where the update is fused."""
-    if key != "step":
+def _counter(value: Any, optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Parameter) -> Any:
+    """A step counter as torch's optimizers keep it: a tensor, on the parameter's device where the update is fused. bitsandbytes keeps a number."""
+    if isinstance(value, Tensor) or not type(optimizer).__module__.startswith("torch."):
         return value
     return torch.tensor(value, dtype=torch.float32, device=parameter.device if group.get("fused") or group.get("capturable") else "cpu")

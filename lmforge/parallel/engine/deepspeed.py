@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lmforge.parallel.engine.base import BACKEND, Batch, Engine, Losses
+from lmforge.parallel.engine.base import BACKEND, Batch, Engine, Losses, Read
 from lmforge.parallel.engine.gather import fill, skeleton
 
 if TYPE_CHECKING:
@@ -107,13 +107,12 @@ class DeepSpeedEngine(Engine, DeepSpeedStrategy):
                 moments[name] = {**kept, **steps}
         return {"weights": weights | dict(_buffers(model)), "optimizer": moments}
 
-    def put_state(self, model: nn.Module, optimizers: Sequence[Optimizer], saved: Mapping[str, Any]) -> None:
-        for name, value in _buffers(model):
-            value.copy_(saved["weights"][name])
+    def put_state(self, model: nn.Module, optimizers: Sequence[Optimizer], read: Read) -> dict[str, Any]:
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        empty = {name: torch.empty(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in trained.items()}
+        saved = read(empty | dict(_buffers(model)))
         counted: dict[str, float] = {}
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
+        for name, parameter in trained.items():
             safe_set_full_fp32_param(parameter, saved["weights"][name])
             for key in self._moments():
                 safe_set_full_optimizer_state(parameter, saved["optimizer"][name][key], key)
@@ -121,6 +120,7 @@ class DeepSpeedEngine(Engine, DeepSpeedStrategy):
         for values in self._client.state.values():
             for key, number in counted.items():
                 values[key] = torch.full_like(values[key], number) if isinstance(values.get(key), Tensor) else torch.tensor(number)
+        return saved
 
     @property
     def _client(self) -> Optimizer:

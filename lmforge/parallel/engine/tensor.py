@@ -23,8 +23,10 @@ def split_matrices(model: Any, mesh: DeviceMesh, styles: Mapping[str, str]) -> N
 
     Weights shared by two modules stay shared.
     """
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    plan: dict[str, ParallelStyle] = {name.replace("{layer}", "*"): STYLES[style]() for name, style in styles.items()}
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and getattr(table, "weight", None) is getattr(head, "weight", 0)
+    here = {name.replace("{layer}", "*"): style for name, style in styles.items() if head is not None or name != "lm_head"}  # a reward model has a score
+    plan: dict[str, ParallelStyle] = {name: STYLES[style]() for name, style in here.items()}
     parallelize_module(model, mesh, plan)
     if tied:
-        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+        head.weight = table.weight
