@@ -76,6 +76,9 @@ def details(step: Step) -> Iterator[str]:
     parts = ", ".join(f"{name} {gib(getattr(peak, name))}" for name in ("params", "grads", "optimizer"))
     mesh = " x ".join(f"{axis} {size}" for axis, size in step.placement.mesh.items() if size > 1)
     yield f"static memory {gib(peak.static)} a device ({parts}) on {step.placement.devices} device(s){f', mesh {mesh}' if mesh else ''}"
+    if cost.communication:
+        sent = ", ".join(f"{kind.replace('_', '-')} {gib(size)}" for kind, size in cost.communication.items())
+        yield f"communication a step and device: {sent}"
     options = ", ".join(f"{key} {value}" for key, value in flatten(step.placement.strategy).items() if key != "strategy")
     yield f"strategy {step.placement.strategy['strategy']}: {options}"
 

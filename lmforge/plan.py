@@ -47,6 +47,7 @@ class Cost:
     tokens: int | None = None
     train_flops: float | None = None
     peak_bytes_per_device: PeakBytes = field(default_factory=PeakBytes)
+    communication: Mapping[str, int] | None = None  # bytes a device sends in an optimizer step, by collective; empty is none
     seconds: float | None = None
     device_hours: float | None = None
 

@@ -27,6 +27,7 @@ HEAVY = ("torch", "transformers", "lightning", "datasets", "wandb", "tokenizers"
 PLANNING = {
     "one stage": ("plan", "stage=dpo", "model=7b", "parallel=fsdp", "hardware=h100x8"),
     "as JSON": ("plan", "--json", "stage=dpo", "model=7b", "parallel=fsdp", "hardware=h100x8"),
+    "how it is launched": ("plan", "--launch", "stage=dpo", "model=7b", "parallel=fsdp", "hardware=h100x8"),
     "a pipeline here": ("plan", "experiment=smoke"),
     "a list": ("list", "stage=dpo"),
     "a refusal": ("plan", "stage=dpo"),

@@ -19,6 +19,14 @@ import pytest
 LINE = re.compile(r"(conf|plan|data|checkpoint|run) error: \S.*: \S.*")
 LIMIT_S = 2.0
 
+KEY = {  # of the refusals below that have one
+    "intermediate_size 11008 is not divisible by tp 3": ".tp",
+    "nobody has tested how matrices of a gpt2 split": ".tp",
+    "4 layers are fewer than 8 stages": ".pp",
+    "the head is the embedding": ".pp",
+    "1 micro-batch of 64 rows is fewer than the 8 stages": ".micro_batch_size",
+}
+
 GROUPS_AND_KEYS = [
     ("plan parallelism=fsdp stage=pretrain", "parallelism", "unknown group or key", "did you mean 'parallel=fsdp'?"),
     ("plan +parallelism=fsdp stage=pretrain", "parallelism", "unknown group or key", "did you mean 'parallel=fsdp'?"),
@@ -155,6 +163,25 @@ RELATIONS = [
     ("plan stage=pretrain stage.pretrain.seq_len=512", "stage.pretrain.seq_len", "512 tokens do not fit the model's context of 256", "at most 256"),
     ("plan stage=pretrain parallel=ddp parallel.devices=9 hardware=cpu", "stage.pretrain.parallel.devices", "9 devices asked", "parallel.devices=8"),
     ("plan stage=pretrain parallel=fsdp parallel.devices=16 hardware=h100x8", "stage.pretrain.parallel.devices", "16 devices asked", "parallel.devices=8"),
+    *(
+        (f"plan stage={stage} model={model} hardware=h100x8 {rest}", f"stage.{stage}.parallel{KEY.get(said, '')}", said, instead)
+        for stage, model, rest, said, instead in (
+            ("pretrain", "7b", "parallel=fsdp parallel.dp_shard=3", "dp_shard 3 = 3, and there are 8 devices", "parallel.dp_shard=8 or parallel.devices=3"),
+            ("pretrain", "7b", "parallel=3d parallel.tp=3", "pp 2 x tp 3 = 6, and that does not divide 8", "parallel.tp=4 or parallel.devices=6"),
+            ("pretrain", "7b", "parallel=tp parallel.devices=3", "intermediate_size 11008 is not divisible by tp 3", "parallel.tp=2"),
+            ("pretrain", "gpt3_175b", "parallel=tp", "nobody has tested how matrices of a gpt2 split", "parallel=fsdp"),
+            ("pretrain", "nano", "parallel=pp", "4 layers are fewer than 8 stages", "parallel.pp=4"),
+            ("pretrain", "nano", "parallel=fsdp_pp", "the head is the embedding", "model.tie_word_embeddings=false"),
+            ("pretrain", "7b", "parallel=pp parallel.micro_batch_size=64", "1 micro-batch of 64 rows is fewer than the 8 stages", "micro_batch_size=8"),
+            ("pretrain", "7b", "parallel=fsdp parallel.cp=2", "does not run with cp", "parallel.cp=1"),
+            ("pretrain", "7b", "parallel=deepspeed_zero2 optimizer=muon", "optimizer=muon does not run with deepspeed", "parallel=fsdp"),
+            ("pretrain", "7b", "parallel=deepspeed_zero3 optimizer.max_skips=3", "max_skips > 0 does not run with deepspeed", "optimizer.max_skips=0"),
+            ("pretrain", "7b", "parallel=tp precision=fp16", "precision=fp16 does not run with tp", "precision=bf16"),
+            ("dpo", "7b", "parallel=pp", "stage=dpo does not run with pp", "parallel=fsdp or tp"),
+            ("sft", "7b", "parallel=tp adapter=lora", "adapter=lora does not run with tp", "parallel=fsdp or ddp"),
+        )
+    ),
+    ("plan stage=pretrain model=7b hardware=h100x8 parallel=fsdp parallel.tp=null", "parallel", "dp_shard and tp are both null", "parallel.tp=1"),
     ("plan stage=pretrain parallel=ddp parallel.devices=100000", "stage.pretrain.parallel.devices", "100000 devices asked", "another hardware="),
     ("plan stage=pretrain parallel=ddp parallel.devices=0 hardware=cpu", "parallel.devices", "0 must be > 0", ""),
     (
@@ -318,8 +345,6 @@ VERBS = [
     ("compare", "compare", "there is no finished run", "python -m lmforge"),
     ("generate", "generate", "required: checkpoint, prompt", "type: generate"),
     ("generate nosuch prompt", "nosuch", "no such run, step or digest", ""),
-    ("run stage=pretrain parallel=fsdp", "stage.pretrain", "parallel=fsdp: planned but not yet run", "parallel=ddp or use plan"),
-    ("run stage=pretrain parallel=deepspeed_zero3", "stage.pretrain", "parallel=deepspeed_zero3: planned but not yet run", "use plan"),
     ("run stage=pretrain hardware=h100x8", "hardware", "is described, not this machine", "hardware=here"),
     ("plan -m stage=pretrain model=nano,nope", "model", "unknown option 'nope'", "nano"),
     ("-m stage=dpo model=nano,micro", "stage.dpo", "nothing to start from", "init_from"),

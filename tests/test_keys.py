@@ -158,7 +158,9 @@ class World:
             return [f"stage.grpo.reward={option}", f"stage=[pretrain,sft,{first}grpo]", "eval=none", *data, *hardware]
         if group == "hardware":
             return [f"hardware={option}", "stage=pretrain", "parallel=ddp", "parallel.devices=1", *data]
-        several = ["parallel.devices=4"] if group == "parallel" and option != "single" else []
+        # Eight of everything, so that any axis may be 2 or 8.
+        wide = ["model.num_hidden_layers=8", "model.num_attention_heads=8", "model.hidden_size=64", "model.tie_word_embeddings=false"]
+        several = [*wide, *(["parallel.devices=8"] if option != "single" else [])] if group == "parallel" else []
         several += ["optimizer.max_skips=4"] if group == "optimizer" else []  # skip_sigma asks for some
         return [f"{group}={option}", f"stage={stages}", *several, *data, *hardware]
 
@@ -174,6 +176,7 @@ class World:
             "exclude": [["idlelib"]],
             "tasks": [["heldout_code"]],
             "seq_len": [200],
+            "dp_shard": [4],
             "target_modules": [["q_proj"]],
             "pattern": ["another"],
             "rewards": [{"parses": {"min_nodes": 2}}],
@@ -289,13 +292,16 @@ ALONE: dict[tuple[str, str], set[str]] = {
     ("precision", "fp16"): {"param_dtype", "compute_dtype"},
     ("parallel", "deepspeed_zero1"): {"offload_parameters"},
     ("parallel", "deepspeed_zero2"): {"offload_parameters"},
+    **{("parallel", one): {"pp_schedule"} for one in ("fsdp", "fsdp_zero2", "hsdp", "tp", "fsdp_tp")},  # there are no stages to schedule
 }
+# Axes that nothing runs on: any other value is refused (tests/test_bad_input.py), with the reason.
+REFUSED = {"cp"}
 VIEW = ("data", "hf", "view")  # another view is another stage's: see its own test
 
 
 def alone(group: str, option: str) -> set[str]:
     """Keys of an option that are looked at elsewhere."""
-    return ALONE.get((group, option), set()) | ({VIEW[2]} if (group, option) == VIEW[:2] else set())
+    return ALONE.get((group, option), set()) | (REFUSED if group == "parallel" else set()) | ({VIEW[2]} if (group, option) == VIEW[:2] else set())
 
 
 def test_what_one_option_cannot_show_another_does() -> None:

@@ -6,15 +6,20 @@ Static memory is parameters, gradients and optimizer states. Activations, time a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from lmforge.compiler.resolve import flops_per_token
 from lmforge.errors import PlanError
 from lmforge.hardware.nodes import Machine
 from lmforge.model.families import Weight
-from lmforge.model.weights import ParamCount, count, weights
+from lmforge.model.weights import ParamCount, count, sizes, splits, weights
 from lmforge.parallel.nodes import Part
+from lmforge.parallel.shards import Cut
+from lmforge.parallel.traffic import Moved
 from lmforge.plan import Cost, PeakBytes, Plan, Step
-from lmforge.stage.base import TrainingStage, parameters
+from lmforge.precision.nodes import dtype_bytes
+from lmforge.stage.base import Load, TrainingStage, parameters
 
 GIB = 2**30
 
@@ -24,10 +29,10 @@ def estimate(plan: Plan) -> Plan:
     config = plan.experiment.model.config()
     params, parts = count(config), list(weights(config))
     machine = plan.experiment.hardware.machine()
-    return dataclasses.replace(plan, steps=tuple(_at_best(_fits(_costed(step, params, parts), machine), machine) for step in plan.steps))
+    return dataclasses.replace(plan, steps=tuple(_at_best(_fits(_costed(step, params, parts, config), machine), machine) for step in plan.steps))
 
 
-def _costed(step: Step, params: ParamCount, parts: list[Weight]) -> Step:
+def _costed(step: Step, params: ParamCount, parts: list[Weight], config: Mapping[str, Any]) -> Step:
     if not isinstance(step.spec, TrainingStage):
         if "checkpoint" not in {step.produces, *(one.kind for one in step.inputs)}:
             return step
@@ -36,25 +41,82 @@ def _costed(step: Step, params: ParamCount, parts: list[Weight]) -> Step:
     assert stage.budget.steps is not None
     assert stage.seq_len is not None
     tokens = stage.budget.steps * (stage.optimizer.global_batch_tokens or 0)
+    cut = Cut(step.placement.mesh, splits(config), params.layers)
+    moved = _moved(step, stage, parts, sizes(config).hidden_size)
     cost = Cost(
         params_total=params.total,
         params_active=params.active,
         params_trainable=parameters(stage.load(parts).trained),
         tokens=tokens,
         train_flops=float(tokens * flops_per_token(params, stage.seq_len)),
-        peak_bytes_per_device=_static(step, stage, parts),
+        peak_bytes_per_device=_flat(step, stage, parts) if stage.parallel.flat else _static(stage, parts, cut),
+        communication=stage.parallel.sends(cut, moved),
     )
-    return dataclasses.replace(step, cost=cost)
+    return dataclasses.replace(step, cost=cost, arithmetic=(*step.arithmetic, *(() if stage.parallel.flat else _said(cut, moved))))
 
 
-def _static(step: Step, stage: TrainingStage, parts: list[Weight]) -> PeakBytes:
-    """Bytes on one device, sharded as the parallel option says; each shard is rounded up. Frozen weights have neither gradients nor states."""
+def _said(cut: Cut, moved: Moved) -> Iterator[str]:
+    """What a rank holds, and what torch's pipeline has it hold of FSDP2's shards within a step: see `traffic`."""
+    if said := cut.said():
+        yield said
+    if cut.mesh["pp"] > 1 and cut.mesh["dp_shard"] > 1:
+        gathered = Cut({**cut.mesh, "dp_shard": 1}, cut.splits, cut.layers)
+        most = max(sum(one.numel for one in gathered.held_at(moved.trained, at)) for at in gathered.first_ranks())
+        values, gradients = most * moved.compute_bytes / GIB, most * moved.reduce_bytes / GIB
+        yield f"within a step a rank also holds its stage unsharded: weights {values:.1f} GiB, gradients {gradients:.1f} GiB (they are summed at its end)"
+
+
+def _flat(step: Step, stage: TrainingStage, parts: list[Weight]) -> PeakBytes:
+    """Bytes on one device where all tensors are one buffer that is split as the parallel option says; each share is rounded up."""
     devices, width, load = step.placement.devices, stage.precision.param_bytes, stage.load(parts)
     trained = parameters(load.trained) * width
     states = sum(stage.optimizer.state_bytes(one.shape, one.name, width) * one.count for one in load.trained)
-    amounts: dict[Part, int] = {"params": trained + stage.frozen_bytes(parts), "grads": trained, "optimizer": states}
-    here = {part: 0 if stage.parallel.offloads(part) else -(-amount // stage.parallel.shard_degree(part, devices)) for part, amount in amounts.items()}
-    return PeakBytes(**here)
+    amounts: dict[Part, int] = {"params": trained + stage.base_bytes(parts), "grads": trained, "optimizer": states}
+    here = {part: -(-amount // stage.parallel.shard_degree(part, devices)) for part, amount in amounts.items()}
+    return _kept(stage, load, here)
+
+
+def _static(stage: TrainingStage, parts: list[Weight], cut: Cut) -> PeakBytes:
+    """Bytes on the fullest device of a mesh, tensor by tensor. Gradients are those that an update finds."""
+    width, load = stage.precision.param_bytes, stage.load(parts)
+    found = []
+    for at in cut.first_ranks():
+        mine = cut.held_at(load.trained, at)
+        trained = sum(one.numel for one in mine) * width
+        gradients = sum(one.numel for one in cut.gradients_at(load.trained, at)) * width
+        states = sum(stage.optimizer.state_bytes(one.shape, one.name, width) * one.count for one in mine)
+        found.append(_kept(stage, load, {"params": trained + _base(stage, parts, load, cut, at), "grads": gradients, "optimizer": states}))
+    return max(found, key=lambda one: one.static)
+
+
+def _base(stage: TrainingStage, parts: list[Weight], load: Load, cut: Cut, at: Mapping[str, int]) -> int:
+    """Bytes of the base under an adapter on one rank. A quantized one has scales beside its codes, so its share is that of all its bytes."""
+    here, whole = sum(one.numel for one in cut.held_at(load.base, at)) * stage.precision.param_bytes, parameters(load.base) * stage.precision.param_bytes
+    kept = stage.base_bytes(parts)
+    return here if kept == whole else -(-kept // cut.mesh["dp_shard"])
+
+
+def _kept(stage: TrainingStage, load: Load, here: Mapping[Part, int]) -> PeakBytes:
+    """Without what lies in host memory, and with the models beside the trained one, which every device has whole."""
+    on_device = {part: 0 if stage.parallel.offloads(part) else amount for part, amount in here.items()}
+    beside = parameters(load.frozen) * stage.precision.param_bytes
+    return PeakBytes(params=on_device["params"] + beside, grads=on_device["grads"], optimizer=on_device["optimizer"])
+
+
+def _moved(step: Step, stage: TrainingStage, parts: list[Weight], hidden_size: int) -> Moved:
+    """What its ranks have to send each other in a step."""
+    load, precision = stage.load(parts), stage.precision
+    return Moved(
+        trained=load.trained,
+        base=load.base,
+        micro_batches=step.placement.accumulation or 1,
+        tokens=(step.placement.micro_batch_size or 1) * stage.row_tokens,
+        width=hidden_size,
+        recomputes=stage.parallel.activation_checkpointing != "none",
+        param_bytes=precision.param_bytes,
+        compute_bytes=dtype_bytes(precision.compute_dtype),
+        reduce_bytes=dtype_bytes(precision.reduce_dtype),
+    )
 
 
 def _fits(step: Step, machine: Machine) -> Step:

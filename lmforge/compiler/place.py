@@ -31,7 +31,8 @@ def _placed(step: Step, available: int) -> Step:
     rows = batch // stage.row_tokens
     where = f"stage.{step.name}"
     if rows % ranks:
-        near = max(1, round(rows / ranks)) * ranks * stage.row_tokens
+        share = ranks * mesh["pp"]  # a pipeline wants a micro-batch a stage
+        near = max(1, round(rows / share)) * share * stage.row_tokens
         raise PlanError(f"{where}.optimizer.global_batch_tokens", f"{rows} rows do not split over {ranks} devices", f"type {near}, or fewer parallel.devices")
     each = rows // ranks
     # A pipeline of few micro-batches stands idle for most of a step.
@@ -40,7 +41,8 @@ def _placed(step: Step, available: int) -> Step:
     if each % micro:
         raise PlanError(f"{where}.parallel.micro_batch_size", f"{micro} does not divide the {each} rows a device has", f"type {nearest_divisors(each, micro)}")
     if each // micro < mesh["pp"]:
-        what = f"{each // micro} micro-batches of {micro} rows are fewer than the {mesh['pp']} stages of the pipeline"
+        many = "micro-batch" if each == micro else "micro-batches"
+        what = f"{each // micro} {many} of {micro} rows {'is' if each == micro else 'are'} fewer than the {mesh['pp']} stages of the pipeline"
         raise PlanError(f"{where}.parallel.micro_batch_size", what, f"type {where}.parallel.micro_batch_size={max(1, each // mesh['pp'])}, or a larger batch")
     shares = {1: "device"}.get(ranks, "devices") if ranks == devices else "data-parallel ranks"
     line = f"{rows} rows = {ranks} {shares} x {micro} rows x {each // micro} accumulated"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+from lmforge.compiler import capability
 from lmforge.errors import PlanError, Problem
 from lmforge.model.agree import differences
 from lmforge.model.fetch import FetchWeights
@@ -140,4 +141,18 @@ def devices(plan: Plan) -> Iterator[Problem]:
             )
 
 
-RULES = (order, views, one_model, context, vocabulary, same_shape, whole_weights, adapters, devices)
+def meshes(plan: Plan) -> Iterator[Problem]:
+    """Axes that multiply to the devices, and nothing on them that does not run there."""
+    machine, config = plan.experiment.hardware.machine(), plan.experiment.model.config()
+    for named in plan.experiment.stages:
+        if not isinstance(named.stage, TrainingStage) or named.stage.parallel.world(machine.devices) > machine.devices:
+            continue
+        try:
+            mesh = named.stage.parallel.mesh(named.stage.parallel.world(machine.devices))
+        except PlanError as error:
+            yield from (Problem(f"stage.{named.name}.{one.where}", one.what, one.instead) for one in error.problems)
+            continue
+        yield from capability.problems(named.stage, config, mesh, f"stage.{named.name}")
+
+
+RULES = (order, views, one_model, context, vocabulary, same_shape, whole_weights, adapters, devices, meshes)

@@ -81,5 +81,5 @@ def layouts(sizes: Mapping[str, int | None], devices: int) -> str:
         if size is not None and devices % others == 0 and (size > 1 or axis == "dp_shard"):
             found.append(f"parallel.{axis}={devices // others}")
     fixed = math.prod(size for size in sizes.values() if size is not None)
-    found.append(f"parallel.devices={fixed * max(1, round(devices / fixed))}")
+    found.append(f"parallel.devices={fixed * max(1, devices // fixed) if None in sizes.values() else fixed}")
     return " or ".join(found)

@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from lmforge.errors import PlanError, Problem
-from lmforge.parallel.layout import AXES, ONE, Spread, layouts
+from lmforge.parallel import traffic
+from lmforge.parallel.layout import ONE, Spread, layouts
 from lmforge.registry import Key, Node, node, register
 
 if TYPE_CHECKING:
     from lmforge.parallel.engine.base import Engine
+    from lmforge.parallel.shards import Cut
 
 Part = Literal["params", "grads", "optimizer"]
 
@@ -28,6 +30,7 @@ class Parallel(Node):
 
     group = "parallel"
     identity = False
+    flat: ClassVar[bool] = False  # whether what is split is one flat buffer, and not each tensor by its rows
 
     micro_batch_size: Annotated[int | None, Key("rows per device and pass; null = the compiler picks", unit="rows", gt=0)]
     activation_checkpointing: Annotated[
@@ -53,6 +56,10 @@ class Parallel(Node):
     def offloads(self, part: Part) -> bool:
         """Whether a part of the training state is kept in host memory."""
         return False
+
+    def sends(self, cut: Cut, moved: traffic.Moved) -> traffic.Traffic:
+        """Bytes that a device sends in an optimizer step, by collective; empty on one device."""
+        return {}
 
     def strategy_args(self) -> dict[str, Any]:
         """The emitted strategy as plain data, for the plan: `strategy`, `activation_checkpointing`, `compile`, and what a subclass adds."""
@@ -112,6 +119,9 @@ class DDP(Several):
     def mesh(self, devices: int) -> dict[str, int]:
         return ONE | {"dp_replicate": devices}
 
+    def sends(self, cut: Cut, moved: traffic.Moved) -> traffic.Traffic:
+        return traffic.copies(cut.mesh["dp_replicate"], moved)
+
     def engine(self, spread: Spread) -> Engine:
         from lmforge.parallel.engine import whole
 
@@ -136,7 +146,7 @@ class Mesh(Several):
 
     def axes(self) -> dict[str, int | None]:
         """The sizes as they are typed; None is what the others leave."""
-        return {axis: getattr(self, axis) for axis in AXES}
+        return {"pp": self.pp, "dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard, "cp": self.cp, "tp": self.tp}
 
     def mesh(self, devices: int) -> dict[str, int]:
         sizes = self.axes()
@@ -160,6 +170,9 @@ class Mesh(Several):
     def shard_degree(self, part: Part, devices: int) -> int:
         return self.mesh(devices)["dp_shard"]
 
+    def sends(self, cut: Cut, moved: traffic.Moved) -> traffic.Traffic:
+        return traffic.mesh(cut, moved, reshards=self.reshard_after_forward)
+
     def offloads(self, part: Part) -> bool:
         return self.cpu_offload
 
@@ -179,6 +192,7 @@ class DeepSpeed(Several):
     """ZeRO (Rajbhandari et al. 2020) by DeepSpeed: stage 1 splits optimizer states, 2 gradients too, 3 parameters too."""
 
     needs = {"deepspeed": "deepspeed"}  # noqa: RUF012
+    flat: ClassVar[bool] = True
 
     stage: Annotated[int, Key("what is split: 1 optimizer states, 2 and gradients, 3 and parameters", choices=(1, 2, 3))]
     offload_optimizer: Annotated[bool, Key("keep optimizer states in host memory and update there (ZeRO-Offload)")]
@@ -190,6 +204,9 @@ class DeepSpeed(Several):
 
     def mesh(self, devices: int) -> dict[str, int]:
         return ONE | {"dp_shard": devices}
+
+    def sends(self, cut: Cut, moved: traffic.Moved) -> traffic.Traffic:
+        return traffic.zero(self.stage, cut.mesh["dp_shard"], moved)
 
     def check(self, where: str) -> Iterator[Problem]:
         if self.offload_parameters and self.stage != 3:

@@ -20,6 +20,7 @@ from lmforge.errors import LmforgeError
 from lmforge.plan import Step
 from lmforge.runtime.events import EVENTS, Lines
 from lmforge.runtime.ranks import FOLDER, INTERRUPTED, Crash, Outcome, Rank, cause, environment, first_line
+from lmforge.stage.base import TrainingStage
 from lmforge.step import Report
 
 GRACE_S = 60.0  # for ranks that were asked to stop: the running step and a state to disk; also for the last ones after rank 0 is through
@@ -91,8 +92,11 @@ def _here(job: Job, report: Report) -> dict[str, Any]:
 
 def allowed(step: Step) -> int:
     """How often a step may be tried again after a crash."""
-    restarts: int = step.spec.parallel.max_restarts if hasattr(step.spec, "parallel") else 0
-    return restarts
+    return _restarts(step.spec) if isinstance(step.spec, TrainingStage) else 0
+
+
+def _restarts(stage: TrainingStage) -> int:
+    return stage.parallel.max_restarts
 
 
 def _metrics(step: str, ended: list[Outcome]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def sbatch(plan: Plan, overrides: Sequence[str]) -> str:
         f"--job-name={plan.experiment.name}",
         f"--nodes={nodes}",
         f"--ntasks-per-node={each}",
-        f"--gpus-per-node={each}",
+        *([f"--gpus-per-node={each}"] if plan.experiment.hardware.machine().accelerator == "cuda" else []),
         "--requeue",
         f"--signal=TERM@{WARNING_S}",
         "--open-mode=append",

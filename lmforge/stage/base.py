@@ -57,10 +57,14 @@ class Stage(StepNode):
 
 @dataclass(frozen=True)
 class Load:
-    """The weights a training stage holds on its devices: those with gradients and optimizer states, and those without."""
+    """The weights a training stage holds on its devices: those with gradients and optimizer states, and those without.
+
+    `base` is what lies under an adapter, spread with what is trained; `frozen` are models beside it, whole on every device.
+    """
 
     trained: tuple[Weight, ...]
     frozen: tuple[Weight, ...] = ()
+    base: tuple[Weight, ...] = ()
 
 
 def parameters(weights: Iterable[Weight]) -> int:
@@ -109,9 +113,9 @@ class TrainingStage(Stage):
         """What it holds of a model with these weights: all of them, trained."""
         return Load(tuple(weights))
 
-    def frozen_bytes(self, weights: Sequence[Weight]) -> int:
-        """Bytes of the weights it holds without training them."""
-        return parameters(self.load(weights).frozen) * self.precision.param_bytes
+    def base_bytes(self, weights: Sequence[Weight]) -> int:
+        """Bytes of the weights under an adapter, all devices together."""
+        return 0
 
     def objective(self, context: Context) -> Any:
         """The loss over this stage's tokens, as `lmforge.training` wants it (torch)."""
@@ -139,9 +143,9 @@ class Tuning(TrainingStage):
         return self.seq_len or context_tokens - self.adapter.positions
 
     def load(self, weights: Sequence[Weight]) -> Load:
-        """All weights trained, or the adapter's; the base under an adapter counts with `frozen_bytes`, for it may be quantized."""
-        return Load(tuple(self.adapter.trainable(weights)))
+        """All weights trained, or the adapter's on a frozen base."""
+        return Load(tuple(self.adapter.trainable(weights)), base=() if self.adapter.trains_all else tuple(weights))
 
-    def frozen_bytes(self, weights: Sequence[Weight]) -> int:
-        """The base under an adapter, and whatever else is frozen."""
-        return self.adapter.frozen_bytes(weights, self.precision.param_bytes) + super().frozen_bytes(weights)
+    def base_bytes(self, weights: Sequence[Weight]) -> int:
+        """The adapter knows, for it may quantize them."""
+        return self.adapter.frozen_bytes(self.load(weights).base, self.precision.param_bytes)

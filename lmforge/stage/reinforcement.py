@@ -104,11 +104,9 @@ class Ppo(Reinforcement):
         whole, adapted = scalar_head(weights), not self.adapter.trains_all
         value = (*self.adapter.trainable(weights), whole[-1]) if adapted else whole
         reference = () if adapted else tuple(weights)  # an adapter is switched off instead
-        return Load((*super().load(weights).trained, *value), (*reference, *(whole if "reward_model" in self.reward.takes() else ())))
-
-    def frozen_bytes(self, weights: Sequence[Weight]) -> int:
-        """The value model has a base of its own under its adapter."""
-        return self.adapter.frozen_bytes(scalar_head(weights), self.precision.param_bytes) + super().frozen_bytes(weights)
+        reward, policy = (whole if "reward_model" in self.reward.takes() else ()), super().load(weights)
+        # The value model has a base of its own under its adapter.
+        return Load((*policy.trained, *value), (*reference, *reward), (*policy.base, *(whole if adapted else ())))
 
 
 @register("stage", "grpo")
@@ -137,7 +135,7 @@ class Grpo(Reinforcement):
         """The policy trained; the starting policy frozen where the loss needs it and no adapter can be switched off; the reward model frozen."""
         policy = super().load(weights)
         reference = tuple(weights) if self.kl_coef and self.adapter.trains_all else ()
-        return Load(policy.trained, (*reference, *(scalar_head(weights) if "reward_model" in self.reward.takes() else ())))
+        return Load(policy.trained, (*reference, *(scalar_head(weights) if "reward_model" in self.reward.takes() else ())), policy.base)
 
     def check(self, where: str) -> Iterator[Problem]:
         """Clipping must leave room."""

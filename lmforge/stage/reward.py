@@ -25,7 +25,7 @@ class RewardModel(Tuning):
     def load(self, weights: Sequence[Weight]) -> Load:
         """The model with a scalar head for its vocabulary's."""
         whole = scalar_head(weights)
-        return Load(whole if self.adapter.trains_all else (*self.adapter.trainable(weights), whole[-1]))
+        return Load(whole) if self.adapter.trains_all else Load((*self.adapter.trainable(weights), whole[-1]), base=whole)
 
     def objective(self, context: Context) -> Any:
         """-log sigmoid of the score difference."""

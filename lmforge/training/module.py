@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from lmforge.step import Report
 from lmforge.training import dropout, state
 from lmforge.training.guard import Guard, agreed
 from lmforge.training.meter import Meter
-from lmforge.training.objective import Figured, LossParts, Objective, Preparing, Resumable
+from lmforge.training.objective import Figured, LossParts, Objective, OfLogits, Preparing, Resumable
 from lmforge.training.order import GlobalBatch
 from lmforge.training.randomness import seed_step
 from lmforge.training.recipe import Recipe
@@ -241,7 +241,7 @@ class Shares:
 
     def of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
         with self.autocast():
-            return self._share(self.module.objective.of_logits(logits, labels))
+            return self._share(cast(OfLogits, self.module.objective).of_logits(logits, labels))
 
     def _share(self, parts: LossParts) -> Tensor:
         self.parts.append(LossParts(parts.sum.detach(), parts.weight, parts.metrics))

@@ -65,6 +65,14 @@ class Preparing(Protocol):
         ...
 
 
+class OfLogits(Protocol):
+    """An objective that a pipeline can run: its last stage has the logits already."""
+
+    def of_logits(self, logits: Tensor, labels: Tensor) -> LossParts:
+        """The loss of logits [rows, seq_len, vocabulary] and labels [rows, seq_len]."""
+        ...
+
+
 @runtime_checkable
 class Resumable(Protocol):
     """An objective with a state between steps, such as a rollout that is trained on for several of them."""

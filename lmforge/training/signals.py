@@ -43,7 +43,7 @@ class StopSignals:
 
 
 class StopVote:
-    """Whether any rank was asked to stop, and whether a state is due, told along with the weight of the global batch, which is summed over ranks in every step anyway."""
+    """Whether any rank was asked to stop and whether a state is due, told with the weight of the global batch, which ranks sum in every step anyway."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

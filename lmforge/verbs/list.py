@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lmforge.codec import keys
+from lmforge.compiler import capability
 from lmforge.compose.catalog import Catalog
 from lmforge.compose.layers import merge
 from lmforge.errors import ConfigError, did_you_mean
@@ -45,6 +46,15 @@ def main(argv: Sequence[str]) -> int:
 def _group(catalog: Catalog, group: str) -> None:
     for option, file in sorted(catalog.options[group].items()):
         print(f"{group}={option:<18} {about(catalog, group, option, file)}")
+    if group == "parallel":
+        _capabilities()
+
+
+def _capabilities() -> None:
+    """What runs with what; a mesh must be allowed each of its ways."""
+    print("\nWhat runs with what (a mesh of several axes: all of its columns; the reason for a no is told when it is asked for):")
+    for row in capability.table():
+        print(f"  {row[0]:<28}" + "".join(f"{cell:<11}" for cell in row[1:]))
 
 
 def about(catalog: Catalog, group: str, option: str, file: Path) -> str:

@@ -17,6 +17,7 @@ from lmforge.__main__ import main
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 DATA = ("data=text", "data.path=corpus")
+LARGE = ("precision=bf16", "stage.pretrain.optimizer.global_batch_tokens=4194304", "stage.pretrain.budget.tokens=300e9", "eval=none", *DATA)
 PLANS: dict[str, tuple[str, ...]] = {
     "quickstart": ("experiment=quickstart", *DATA, "hardware=cpu"),
     "anneal": ("experiment=anneal_nano", *DATA, "hardware=cpu", "eval=none"),
@@ -34,6 +35,8 @@ PLANS: dict[str, tuple[str, ...]] = {
         *DATA,
         "hardware=h200x8",
     ),
+    "pretrain_70b_3d": ("stage=pretrain", "model=70b", "parallel=3d", *LARGE, "hardware=h100x512"),
+    "gpt3_hsdp": ("stage=pretrain", "model=gpt3_175b", "parallel=hsdp", *LARGE, "hardware=h100x1024"),
     "rlhf": ("stage=[pretrain,sft,reward,ppo]", "model=nano", *DATA, "hardware=cpu"),
     "grpo": ("stage=[pretrain,sft,grpo]", "model=nano", *DATA, "hardware=cpu"),
     "dpo_lora": ("stage=[pretrain,sft,dpo]", "adapter=lora", "model=nano", *DATA, "hardware=cpu"),

@@ -1,9 +1,9 @@
 """What the ranks of test_cells.py run: steps of real plans under another `parallel`, on the artifacts that one process made; prints a line a cell.
 
-    cells.py one OUTPUT CELL ...     in one process: the whole plan of each cell, with parallel=single
-    cells.py many OUTPUT CELL ...    under torchrun: the last training step of each cell again, and how far its figures are from those of one process
+    cells.py one OUTPUT     in one process: the whole plan of each cell, with parallel=single
+    cells.py many OUTPUT    under torchrun: the last training step of each cell again, and how far its figures are from those of one process
 
-A cell is NAME|PARALLEL|override override ...
+A cell is a line of OUTPUT/cells.txt: NAME|PARALLEL|override override ...
 """
 
 from __future__ import annotations
@@ -65,13 +65,14 @@ def many(output: Path, cells: list[list[str]]) -> None:
 
 
 def apart(folder: Path, logged: list[dict[str, float]]) -> dict[str, float]:
-    """The largest difference of each figure over all intervals, from what one process logged."""
+    """The largest difference of each figure over all intervals from what one process logged, relative where the figure is above 1."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     whole = [row for row in rows if "loss" in row]
-    assert len(whole) == len(logged), (len(whole), len(logged))
     timed = ("tokens_per_s", "time", "step")
-    return {key: max(abs(a[key] - b[key]) for a, b in zip(whole, logged, strict=True)) for key in logged[0] if key not in timed and key in whole[0]}
+    both = list(zip(whole, logged, strict=True))
+    return {key: max(abs(a[key] - b[key]) / max(1.0, abs(a[key])) for a, b in both) for key in logged[0] if key not in timed and key in whole[0]}
 
 
 if __name__ == "__main__":
-    {"one": one, "many": many}[sys.argv[1]](Path(sys.argv[2]), [cell.split("|") for cell in sys.argv[3:]])
+    here = Path(sys.argv[2])
+    {"one": one, "many": many}[sys.argv[1]](here, [line.split("|") for line in (here / "cells.txt").read_text().splitlines()])

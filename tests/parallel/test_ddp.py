@@ -7,14 +7,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-import yaml
 
+import lmforge
 from lmforge.codec import decode
+from lmforge.compose.catalog import Catalog
+from lmforge.parallel.layout import Spread
 from lmforge.parallel.nodes import Parallel
-
-CONF = Path(__file__).parents[2] / "conf" / "parallel"
+from lmforge.verbs.list import tree
 
 
 def first_gradients(folder: Path, reduce_dtype: str) -> None:
@@ -36,16 +38,18 @@ def first_gradients(folder: Path, reduce_dtype: str) -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.0)
 
-    node = decode(Parallel, yaml.safe_load((CONF / "ddp.yaml").read_text()) | {"devices": 2})
+    node = decode(Parallel, tree(Catalog.of(), "parallel", "ddp") | {"devices": 2}, "parallel")
+    spread = Spread("cpu", node.mesh(2), "float32", reduce_dtype, gradient_clipping=None, micro_batch_size=4, accumulation=1, splits={})
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = lightning.Trainer(accelerator="cpu", devices=2, strategy=node.strategy("cpu", 2, reduce_dtype), max_epochs=1, limit_train_batches=1, **quiet)
+    strategy: Any = node.engine(spread)
+    trainer = lightning.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, limit_train_batches=1, **quiet)
     model = Linear()
     trainer.fit(model, torch.utils.data.DataLoader(batch(), batch_size=4, shuffle=False))
     if trainer.is_global_zero:
         (folder / f"{reduce_dtype}.json").write_text(json.dumps(model.layer.weight.grad.tolist()))
 
 
-def batch():  # type: ignore[no-untyped-def]  # torch is not imported here
+def batch() -> Any:
     import torch
 
     return torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
@@ -54,7 +58,7 @@ def batch():  # type: ignore[no-untyped-def]  # torch is not imported here
 def test_two_ranks_have_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(tmp_path)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(lmforge.__file__).parents[1])}
     done = subprocess.run(launch, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     torch.manual_seed(0)

@@ -101,6 +101,11 @@ def test_what_starts_a_plan_on_one_device(plan: Plan) -> None:
     assert launches(on(plan, 1), ["stage=pretrain"]) == "one device, one process:\n\npython -m lmforge stage=pretrain hardware=here"
 
 
+def test_a_job_on_processors_asks_for_no_gpu(plan: Plan) -> None:
+    assert "gpus" in launches(plan, [])
+    assert "gpus" not in launches(on(planned("hardware=cpu"), 2), [])
+
+
 def test_nodes_carry_the_same_number_of_ranks() -> None:
     assert [shape(devices) for devices in (2, 8, 9, 12, 16, 17, 20)] == [(1, 2), (1, 8), (3, 3), (2, 6), (2, 8), (17, 1), (4, 5)]
 

@@ -16,8 +16,6 @@ from torch import nn
 from lmforge.errors import RunError
 from lmforge.optimizer.nodes import Momentum, Muon, Optimizer, Sgd
 from lmforge.optimizer.schedule import Constant
-
-from lmforge.training import state
 from lmforge.training.fit import fit
 from lmforge.training.lowering import lower
 from lmforge.training.objective import LossParts

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from lmforge.errors import DataError
 from lmforge.training.objectives.causal_lm import CausalLM
 from lmforge.training.objectives.reward import BradleyTerry
-from lmforge.training.order import RowOrder, StepData
+from lmforge.training.order import GlobalBatch, RowOrder, StepData
 
 
 def test_every_row_once_an_epoch_in_another_order() -> None:
@@ -55,3 +58,49 @@ def test_rows_of_like_length_share_a_micro_batch(preference: Path) -> None:
     assert widths[0] > widths[-1]
     parts = torch.cat([batch["prompt_mask"].sum(1) for batch in data(3)[1].micro_batches])
     assert torch.equal(parts, data(12)[1].micro_batches[0]["prompt_mask"].sum(1))  # the same rows, and once each
+
+
+ROWS = 12
+
+
+class Numbered:
+    """Rows that say which they are."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: Sequence[int]) -> Any:
+        return self.rows.batch(indices) | {"row": torch.tensor(indices)}
+
+
+def shares(chat: Path, world: int, micro: int, workers: int, steps: range) -> list[list[GlobalBatch]]:
+    """What each rank has in each of these steps, read as `fit` does: a loader a rank, whose sampler is the steps."""
+    objective = CausalLM(chat, 16)
+    rows = Numbered(objective.dataset("train"))
+    parts = [StepData(objective, rows, rows_per_step=ROWS, micro_batch_size=micro, seed=4, rank=rank, world=world) for rank in range(world)]
+    loaders = [DataLoader(part, batch_size=None, sampler=steps, num_workers=workers) for part in parts]
+    return [list(of_all) for of_all in zip(*loaders, strict=True)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_every_row_once_an_epoch_over_ranks_that_come_and_go(chat: Path, workers: int, accumulation: int) -> None:
+    """1, 2, 4 and 1 data ranks, each from the step at which those before were stopped: each reads its own slice, no row twice in an epoch and none left out."""
+    rows, steps = len(CausalLM(chat, 16).dataset("train")), 9
+    read, tokens = [], 0
+    for world, leg in ((1, range(0, 2)), (2, range(2, 5)), (4, range(5, 7)), (1, range(7, steps))):
+        micro = ROWS // world // accumulation
+        for step, of_all in zip(leg, shares(chat, world, micro, workers, leg), strict=True):
+            assert [share.step for share in of_all] == [step] * world
+            assert {tuple(len(batch["row"]) for batch in share.micro_batches) for share in of_all} == {(micro,) * accumulation}
+            read += [int(row) for share in of_all for batch in share.micro_batches for row in batch["row"]]
+            tokens += sum(share.tokens for share in of_all)
+    assert len(read) == steps * ROWS > 2 * rows
+    for epoch in range(len(read) // rows):
+        assert sorted(read[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
+    one = [share for (share,) in shares(chat, 1, ROWS, 0, range(steps))]  # nobody came or went
+    assert read == [int(row) for share in one for row in share.micro_batches[0]["row"]]
+    assert tokens == sum(share.tokens for share in one)

@@ -20,7 +20,6 @@ from lmforge.errors import RunError
 from lmforge.optimizer.nodes import Sgd
 from lmforge.optimizer.schedule import Constant
 from lmforge.reward.checked import Checked
-from lmforge.training import state
 from lmforge.training.rl.practice import Schedule
 
 KINDS = ("ppo", "grpo")

@@ -35,7 +35,7 @@ def test_the_issues_groups_and_options_are_there() -> None:
         "stage": "pretrain sft dpo",
         "eval": "none perplexity lm_eval",
         "quantize": "none int8",
-        "parallel": "single ddp fsdp deepspeed_zero1 deepspeed_zero2 deepspeed_zero3",
+        "parallel": "single ddp fsdp fsdp_zero2 hsdp deepspeed_zero1 deepspeed_zero2 deepspeed_zero3 tp fsdp_tp pp fsdp_pp 3d",
         "hardware": "here a100x8 h100x8 h200x1 h200x8 cpu",
         "track": "wandb tensorboard none",
         "experiment": "quickstart",
@@ -47,10 +47,19 @@ def test_the_issues_groups_and_options_are_there() -> None:
 @pytest.mark.parametrize("group", sorted(CATALOG.options))
 def test_a_group_tells_what_each_option_is(group: str, cli: Cli) -> None:
     answer = cli("list", group)
-    lines = answer.out.splitlines()
+    lines = answer.out.partition("\n\n")[0].splitlines()
     assert answer.code == 0
     assert [line.split()[0] for line in lines] == [f"{group}={option}" for option in sorted(CATALOG.options[group])]
     assert all(len(line.split()) > 2 for line in lines)
+
+
+def test_parallel_tells_what_runs_with_what(cli: Cli) -> None:
+    rows = {line.split()[0]: line.split()[1:] for line in cli("list", "parallel").out.partition("\n\n")[2].splitlines()[1:]}
+    columns = rows.pop("single")
+    assert columns == ["ddp", "fsdp", "tp", "pp", "cp", "deepspeed"]
+    assert rows["stage=pretrain"] == ["yes", "yes", "yes", "yes", "yes", "no", "yes"]
+    assert rows["stage=ppo"] == ["yes", "yes", "yes", "no", "no", "no", "no"]
+    assert rows["adapter=qlora"] == ["yes", "yes", "yes", "no", "no", "no", "no"]
 
 
 @pytest.mark.parametrize("word", OPTIONS)
@@ -123,7 +132,7 @@ def test_help_names_every_verb_and_group(cli: Cli) -> None:
 
     answer = cli("--help")
     assert answer.code == 0
-    assert set(VERBS) == {"compare", "diff", "generate", "list", "merge", "plan", "rank", "run"}
+    assert set(VERBS) == {"compare", "diff", "export", "generate", "list", "merge", "plan", "rank", "run"}
     assert all(f"  {word} " in answer.out for word in (*VERBS, *CATALOG.options))
 
 

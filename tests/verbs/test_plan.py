@@ -15,7 +15,7 @@ from lmforge.runtime.workspace import Workspace
 Cli = Callable[..., Any]
 STEP = {"name", "stage", "digest", "status", "inputs", "placement", "cost"}
 PLACEMENT = {"devices", "mesh", "micro_batch_size", "accumulation", "strategy"}
-COST = {"params_total", "params_active", "params_trainable", "tokens", "train_flops", "peak_bytes_per_device", "seconds", "device_hours"}
+COST = {"params_total", "params_active", "params_trainable", "tokens", "train_flops", "peak_bytes_per_device", "communication", "seconds", "device_hours"}
 PEAK = {"params", "grads", "optimizer", "activations", "total"}
 
 

@@ -20,7 +20,8 @@ BY_HEADS: dict[str, Split] = {
     f"{LAYER}.mlp.down_proj": "row",
     "lm_head": "column_gathered",
 }
-# A norm over all heads needs all of them on every rank, so attention itself is not split, only its matrices.
+# A norm between projection and attention: over all heads it needs all of them on every rank, and one shared by heads must learn from all of them.
+# So attention itself is not split, only its matrices.
 WHOLE_HEADS: dict[str, Split] = BY_HEADS | {
     f"{LAYER}.self_attn.q_proj": "column_gathered",
     f"{LAYER}.self_attn.k_proj": "column_gathered",

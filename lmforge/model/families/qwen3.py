@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lmforge.model.families import Sizes, Weight, family
-from lmforge.model.families.blocks import BY_HEADS, attention, ends, gated_mlp, norms, query_key_norms
+from lmforge.model.families.blocks import WHOLE_HEADS, attention, ends, gated_mlp, norms, query_key_norms
 
 DEFAULTS = {
     "vocab_size": 151936,
@@ -21,7 +21,7 @@ DEFAULTS = {
 }
 
 
-@family("qwen3", DEFAULTS, splits=BY_HEADS)
+@family("qwen3", DEFAULTS, splits=WHOLE_HEADS)
 def weights(sizes: Sizes) -> Iterator[Weight]:
     bias = sizes.more["attention_bias"]
     yield from ends(sizes)

@@ -112,7 +112,7 @@ class Engine:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     if values := saved["optimizer"].get(names[parameter]):
-                        optimizer.state[parameter] = {key: _counter(value, optimizer, group, parameter) for key, value in values.items()}
+                        optimizer.state[parameter] = {key: counter(value, optimizer, group, parameter) for key, value in values.items()}
         return saved
 
 
@@ -123,7 +123,7 @@ def changing(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad} | buffers
 
 
-def _names(model: nn.Module) -> dict[nn.Parameter, str]:
+def _names(model: nn.Module) -> dict[Tensor, str]:
     return {parameter: name for name, parameter in model.named_parameters()}
 
 
@@ -132,7 +132,7 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, Tensor) and value.ndim == 0 else value
 
 
-def _counter(value: Any, optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Parameter) -> Any:
+def counter(value: Any, optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Parameter) -> Any:
     """A step counter as torch's optimizers keep it: a tensor, on the parameter's device where the update is fused. bitsandbytes keeps a number."""
     if isinstance(value, Tensor) or not type(optimizer).__module__.startswith("torch."):
         return value

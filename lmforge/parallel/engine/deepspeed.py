@@ -7,14 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_fp32_param, safe_set_full_optimizer_state
+from deepspeed.utils import (
+    lazy_init_hp_params_optimizer_state,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lmforge.parallel.engine.base import BACKEND, Batch, Engine, Losses, Read
+from lmforge.parallel.engine.base import BACKEND, Batch, Engine, Losses, Read, counter
 from lmforge.parallel.engine.gather import fill, skeleton
 
 if TYPE_CHECKING:
@@ -51,7 +59,7 @@ class DeepSpeedEngine(Engine, DeepSpeedStrategy):
 
     def setup_environment(self) -> None:
         if self.told.accelerator == "cpu":
-            DDPStrategy.setup_environment(self)  # type: ignore[arg-type]
+            DDPStrategy.setup_environment(self)
         else:
             super().setup_environment()
 
@@ -96,6 +104,7 @@ class DeepSpeedEngine(Engine, DeepSpeedStrategy):
 
     def state(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
         weights, moments = {}, {}
+        self._link()
         steps = _steps(self._client)
         for index, (name, parameter) in enumerate(model.named_parameters()):
             if not parameter.requires_grad:
@@ -111,32 +120,59 @@ class DeepSpeedEngine(Engine, DeepSpeedStrategy):
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         empty = {name: torch.empty(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in trained.items()}
         saved = read(empty | dict(_buffers(model)))
-        counted: dict[str, float] = {}
+        self._begin(next(iter(saved["optimizer"].values()), {}))
         for name, parameter in trained.items():
-            safe_set_full_fp32_param(parameter, saved["weights"][name])
-            for key in self._moments():
-                safe_set_full_optimizer_state(parameter, saved["optimizer"][name][key], key)
-            counted = {key: value for key, value in saved["optimizer"][name].items() if not isinstance(value, Tensor)}
-        for values in self._client.state.values():
-            for key, number in counted.items():
-                values[key] = torch.full_like(values[key], number) if isinstance(values.get(key), Tensor) else torch.tensor(number)
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+                parameter.copy_(saved["weights"][name])  # what forward runs on; DeepSpeed brings the weights that it updates over only in a step
+            self._put(parameter, saved["weights"][name])
+            for key, value in saved["optimizer"].get(name, {}).items():
+                if isinstance(value, Tensor):
+                    self._put(parameter, value, key)
         return saved
+
+    def _begin(self, kept: Mapping[str, Any]) -> None:
+        """Make what the optimizer keeps of each element, zero yet, and its counters: DeepSpeed does so in the first step only."""
+        for flat in self._zero.fp32_partitioned_groups_flat if self.options.stage == 3 else self._zero.single_partition_of_fp32_groups:
+            made = {key: torch.zeros_like(flat) if isinstance(value, Tensor) else value for key, value in kept.items()}
+            self._client.state[flat] = {key: counter(value, self._client, self._client.param_groups[0], flat) for key, value in made.items()}
+        self._link()
+
+    def _link(self) -> None:
+        """ZeRO-1 and 2 find a parameter's moments by a link, which they make once the first group has stepped; then other groups have no moments yet."""
+        if self.options.stage < 3:
+            for parameters, flat in zip(self._zero.bit16_groups, self._zero.single_partition_of_fp32_groups, strict=True):
+                lazy_init_hp_params_optimizer_state(parameters, flat, self._client.state)
+
+    def _put(self, parameter: Any, value: Tensor, *key: str) -> None:
+        """Set the float32 weight of a parameter, or what the optimizer keeps of it under `key`, where this rank has a part of it."""
+        if not hasattr(parameter, "ds_id"):
+            (safe_set_full_optimizer_state if key else safe_set_full_fp32_param)(parameter, value, *key)
+            return
+        size = parameter.ds_tensor.numel()  # the last ranks' parts are filled up to it
+        padded = torch.nn.functional.pad(value.detach().flatten(), (0, size * self.world_size - value.numel()))
+        mine = padded[size * self.global_rank : size * (self.global_rank + 1)]
+        (safe_set_local_optimizer_state if key else safe_set_local_fp32_param)(parameter, mine, *key)
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's optimizer."""
+        return self.optimizers[0]
 
     @property
     def _client(self) -> Optimizer:
-        """The optimizer of ours inside DeepSpeed's."""
-        inner: Optimizer = self.optimizers[0].optimizer
+        """The optimizer of ours inside it."""
+        inner: Optimizer = self._zero.optimizer
         return inner
 
     def _moments(self) -> list[str]:
         """The names of what the optimizer keeps for every element."""
-        first = next(iter(self._client.state.values()), {})
+        first: Mapping[str, Any] = next(iter(self._client.state.values()), {})
         return [key for key, value in first.items() if isinstance(value, Tensor) and value.ndim > 0]
 
 
 def _steps(optimizer: Optimizer) -> dict[str, float]:
     """Step counters, which all parameters share."""
-    first = next(iter(optimizer.state.values()), {})
+    first: Mapping[str, Any] = next(iter(optimizer.state.values()), {})
     return {key: float(value) for key, value in first.items() if not (isinstance(value, Tensor) and value.ndim > 0)}
 
 
@@ -145,7 +181,7 @@ def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, value) for name, value in model.named_buffers() if name in persistent)
 
 
-def _whole(parameter: Any) -> Tensor:
+def _whole(parameter: Tensor) -> Tensor:
     """A weight that ZeRO-3 has split, whole; others as they are."""
     if not hasattr(parameter, "ds_id"):
         return parameter

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
@@ -30,10 +30,7 @@ if TYPE_CHECKING:
 
 
 class MeshEngine(Engine, ModelParallelStrategy):
-    """Lightning's ModelParallelStrategy with a mesh of any axes; the stock one knows data x tensor only.
-
-    A model is cut into pipeline stages first, then its matrices over tp, then what is left over dp_shard (torchtitan's order).
-    """
+    """Lightning's ModelParallelStrategy with a mesh of any axes; the stock one knows data x tensor only."""
 
     def __init__(self, options: Mesh, spread: Spread) -> None:
         # Offloaded gradients are normed on the CPU, which NCCL cannot do.
@@ -51,18 +48,8 @@ class MeshEngine(Engine, ModelParallelStrategy):
 
     def spread(self, model: Any) -> Any:
         self.skeleton = skeleton(model)
-        if self.mesh["pp"] > 1:
-            self.pipeline = Pipeline(model, self.device_mesh["pp"], self.root_device, self.options.pp_schedule)
-        if self.mesh["tp"] > 1:
-            split_matrices(model, self.device_mesh["tp"], self.told.splits)
-        if self.mesh["dp_replicate"] * self.mesh["dp_shard"] > 1 or self.options.cpu_offload:
-            self._sharded = shard(model, self._sharding(), self.pipeline.stage if self.pipeline else None)
+        self.pipeline, self._sharded = lay_out(model, self.device_mesh, self.options, self.told, self.root_device)
         return model
-
-    def _sharding(self) -> Sharding:
-        axes = ("dp_replicate", "dp_shard") if self.mesh["dp_replicate"] > 1 else ("dp_shard",)
-        compute, reduce = (getattr(torch, dtype) for dtype in (self.told.compute_dtype, self.told.reduce_dtype))
-        return Sharding(self.device_mesh[axes], compute, reduce, self.options.reshard_after_forward, self.options.prefetch, self.options.cpu_offload)
 
     def accumulating(self, module: LightningModule, *, last: bool) -> AbstractContextManager[Any]:
         """Each micro-batch's gradients go to the ranks that own them at once, for whole ones would not fit; only copies wait for the last."""
@@ -79,6 +66,9 @@ class MeshEngine(Engine, ModelParallelStrategy):
     def groups(self, optimizers: Sequence[Optimizer]) -> None:
         """Parameters of one mesh each: torch updates a list of tensors at once, and they must lie on the same ranks."""
         for optimizer in optimizers:
+            if isinstance(optimizer, torch.optim.SGD):  # torch has no fused SGD of DTensors
+                for group in optimizer.param_groups:
+                    group.update(fused=False, foreach=True)
             split = [(group, part) for group in optimizer.param_groups for part in by_mesh(group["params"])]
             optimizer.param_groups[:] = [{**group, "params": part} for group, part in split]
 
@@ -96,6 +86,26 @@ class MeshEngine(Engine, ModelParallelStrategy):
 
     def whole(self, model: Any) -> Any:
         return gathered(model, self.skeleton, self.device_mesh)
+
+
+def lay_out(model: Any, ranks: DeviceMesh, options: Mesh, told: Spread, device: torch.device) -> tuple[Pipeline | None, list[Any]]:
+    """Leave of a whole model, in place, what this rank holds; returns its pipeline, where there is one, and what FSDP2 shards.
+
+    A model is cut into pipeline stages first, then its matrices over tp, then what is left over dp_shard (torchtitan's order).
+    """
+    sizes = told.mesh
+    pipeline: Pipeline | None = None
+    sharded: list[Any] = []
+    if sizes["pp"] > 1:
+        pipeline = Pipeline(model, ranks["pp"], device, options.pp_schedule)
+    if sizes["tp"] > 1:
+        split_matrices(model, ranks["tp"], told.splits)
+    if sizes["dp_replicate"] * sizes["dp_shard"] > 1 or options.cpu_offload:
+        axes = ("dp_replicate", "dp_shard") if sizes["dp_replicate"] > 1 else ("dp_shard",)
+        compute, reduce = (getattr(torch, dtype) for dtype in (told.compute_dtype, told.reduce_dtype))
+        sharding = Sharding(ranks[axes], compute, reduce, options.reshard_after_forward, options.prefetch, options.cpu_offload)
+        sharded = shard(model, sharding, pipeline.stage if pipeline else None)
+    return pipeline, sharded
 
 
 def by_mesh(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -53,7 +53,7 @@ class Pipeline:
         cut(model, self.index, self.count)
         self.stage = Stage(model, self.first, self.last)
         self._schedules: dict[int, Any] = {}
-        self._loss: Callable[[Tensor, Tensor], Tensor] | None = None
+        self._loss: Any = None  # the last stage's, of the step that runs
 
     def backward(self, batches: Sequence[Mapping[str, Tensor]], loss: Callable[[Tensor, Tensor], Tensor], autocast: Autocast) -> None:
         """Gradients of the scaled `loss(logits, labels)` summed over micro-batches, which have one shape; the last stage alone calls it."""

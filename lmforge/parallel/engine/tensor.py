@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,12 +22,12 @@ STYLES: Mapping[str, Any] = {
 def split_matrices(model: Any, mesh: DeviceMesh, styles: Mapping[str, str]) -> None:
     """Split in place the modules that `styles` names (`model.layers.{layer}.mlp.up_proj` -> how). What it does not name stays whole on every rank.
 
-    Weights shared by two modules stay shared.
+    Weights shared by two modules stay shared. A module that is not here, or has no weights because another stage of a pipeline holds it, is passed over.
     """
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and getattr(table, "weight", None) is getattr(head, "weight", 0)
-    here = {name.replace("{layer}", "*"): style for name, style in styles.items() if head is not None or name != "lm_head"}  # a reward model has a score
-    plan: dict[str, ParallelStyle] = {name: STYLES[style]() for name, style in here.items()}
+    here = [name for name, module in model.named_modules() if module._parameters]
+    plan: dict[str, ParallelStyle] = {name: STYLES[styles[key]]() for name in here if (key := re.sub(r"\.\d+\.", ".{layer}.", name)) in styles}
     parallelize_module(model, mesh, plan)
     if tied:
         head.weight = table.weight
