@@ -48,10 +48,11 @@ def cells() -> Iterator[tuple[str, str, str]]:
 
 
 def apart(name: str) -> float:
-    """How far figures may be apart: rounding of the format; Muon's iteration makes more of it, under DDP as much as elsewhere."""
+    """How far figures may be apart: rounding of the format. Muon's iteration makes more of it, under DDP as much as elsewhere; and where it moves the
+    draw of a token over its edge, one of some thousand tokens of GRPO's is another."""
     if "fp16" in name or "bf" in name:
         return 2e-2
-    return 1e-3 if "muon" in name or "8bit" in name else 1e-5
+    return 1e-3 if "muon" in name or "8bit" in name or "grpo" in name else 1e-5
 
 
 @pytest.mark.timeout(900)
