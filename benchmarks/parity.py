@@ -47,7 +47,7 @@ def rows(folder: Path, ranks: int) -> Iterator[dict[str, Any]]:
 def shown(row: dict[str, Any]) -> str:
     far = " ".join(f"{row[key]:9.1e}" for key in ("loss", "grad_norm", "weights"))
     note = "" if row["equal"] else f"  not within {TOLERANCE}"
-    return f"{row['layout']:16} {row['ranks']:5} {row['mesh']:24} {row['vocabulary']:10} {far} {row['seconds']:8.1f}{note}"
+    return f"{row['layout']:16} {row['ranks']:5} {row['mesh']:27} {row['vocabulary']:10} {far} {row['seconds']:8.1f}{note}"
 
 
 def main() -> int:
@@ -62,7 +62,7 @@ def main() -> int:
         for vocabulary in VOCABULARIES:
             tiny_mesh.run(Case(f"one-{vocabulary}", "single", vocabulary=vocabulary), folder)
         print(f"largest differences from one rank over {STEPS} fp32 steps")
-        print(f"{'layout':16} {'ranks':>5} {'mesh':24} {'vocabulary':>10} {'loss':>9} {'grad norm':>9} {'weights':>9} {'seconds':>8}", flush=True)
+        print(f"{'layout':16} {'ranks':>5} {'mesh':27} {'vocabulary':>10} {'loss':>9} {'grad norm':>9} {'weights':>9} {'seconds':>8}", flush=True)
         for ranks in map(int, given.ranks.split(",")):
             for row in rows(folder, ranks):
                 found.append(row)

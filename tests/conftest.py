@@ -18,6 +18,7 @@ from lmforge.experiment import Experiment
 from lmforge.plan import Plan
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub; without this an unknown name waits for it
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and threads that wait for each other are slow
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
