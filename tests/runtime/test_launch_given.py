@@ -10,14 +10,14 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
+from lmforge.plan import Plan
 from lmforge.runtime.stopping import Asked, requeue
 from tests.runtime.conftest import Run
 from tests.runtime.test_interrupt import WORDS, final, until_a_state
@@ -133,12 +133,11 @@ def test_a_preempted_slurm_job_is_requeued_and_goes_on(words: tuple[str, ...], t
     assert final(tmp_path)
 
 
-def test_a_job_goes_back_into_the_queue_as_often_as_the_config_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_goes_back_into_the_queue_as_often_as_the_config_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan_of: Callable[..., Plan]) -> None:
     (tmp_path / "scontrol").write_text(SCONTROL)
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    parallel = SimpleNamespace(max_restarts=2)
-    plan: Any = SimpleNamespace(steps=[SimpleNamespace(spec=SimpleNamespace()), SimpleNamespace(spec=SimpleNamespace(parallel=parallel))])
+    plan = plan_of("stage=pretrain", "parallel.max_restarts=2")
     console = Console(file=io.StringIO(), width=200)
 
     def asked(*numbers: int, **more: str) -> str:
