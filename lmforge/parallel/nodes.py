@@ -258,4 +258,6 @@ class DeepSpeed(Several):
             emitted["zero_force_ds_cpu_optimizer"] = False  # the same optimizer on the host, not DeepSpeed's own Adam
         if compute_dtype != "float32":
             emitted["torch_autocast"] = {"enabled": True, "dtype": compute_dtype}
+            if reduce_dtype == "float32":  # else it sums the gradients of linear layers in the dtype that they compute in
+                emitted["torch_autocast"]["lower_precision_safe_modules"] = []
         return emitted

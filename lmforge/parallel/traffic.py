@@ -55,10 +55,11 @@ def copies(ranks: int, moved: Moved) -> Traffic:
 def zero(stage: int, ranks: int, moved: Moved) -> Traffic:
     """ZeRO (Rajbhandari et al. 2020, section 7): stages 1 and 2 sum gradients to their owners and gather the new weights once a step.
 
-    Stage 2 sums them after every micro-batch, and stage 3 too, which gathers weights in every forward and every backward instead.
+    Stage 2 sums them after every micro-batch, and stage 3 too, which gathers weights in every forward and every backward instead: in the dtype of matrix
+    products where gradients are summed in that too, for DeepSpeed has one for both.
     """
     share, all_of_it = -(-elements(moved.trained) // ranks), -(-elements((*moved.trained, *moved.base)) // ranks)
-    gathered = 2 * moved.micro_batches * all_of_it * moved.compute_bytes if stage == 3 else share * moved.param_bytes
+    gathered = 2 * moved.micro_batches * all_of_it * max(moved.compute_bytes, moved.reduce_bytes) if stage == 3 else share * moved.param_bytes
     summed = share * moved.reduce_bytes * (moved.micro_batches if stage > 1 else 1)
     return {"all_gather": exchanged(ranks, gathered), "reduce_scatter": exchanged(ranks, summed)}
 
