@@ -16,7 +16,7 @@ import torch
 from tests.runtime.conftest import Run
 from tests.runtime.test_interrupt import final, until_a_state, words
 
-STEPS = 200
+STEPS = 400  # enough to be stopped in the middle of, on a fast machine too
 # No step is an interval's end, so that ranks which agreed there alone would never stop.
 RANKS = ("parallel=ddp", "parallel.devices=2", f"stage.pretrain.budget.steps={STEPS}", "stage.pretrain.log_every=100000")
 END_S = 5.0
