@@ -78,6 +78,11 @@ def problems(stage: TrainingStage, config: Mapping[str, Any], mesh: Mapping[str,
             yield Problem(f"{where}.parallel", f"{value if kind == 'guard' else f'{kind}={value}'} does not run with {way}: {no.why}", no.instead)
     yield from _tensor(config, mesh["tp"], where)
     yield from _pipeline(config, mesh["pp"], where)
+    if config.get("attention_dropout") and {"tp", "pp"} & set(used):
+        what = "ranks that share a layer, or a pipeline that goes on from a state, would drop other attention than one rank does"
+        yield Problem(f"{where}.parallel", what, "type parallel=fsdp, or a model without dropout")
+    if used == ("single",) and stage.parallel.offloads("params"):
+        yield Problem(f"{where}.parallel.cpu_offload", "one device alone has nobody to shard with, so nothing is offloaded", "type two devices or more")
 
 
 def _tensor(config: Mapping[str, Any], tp: int, where: str) -> Iterator[Problem]:
@@ -108,8 +113,6 @@ def _pipeline(config: Mapping[str, Any], pp: int, where: str) -> Iterator[Proble
     elif shape.tie_word_embeddings:
         what = "the head is the embedding, and they lie in different stages"
         yield Problem(f"{where}.parallel.pp", what, "type model.tie_word_embeddings=false, or parallel=fsdp")
-    if config.get("attention_dropout"):
-        yield Problem(f"{where}.parallel.pp", "dropout differs in a pipeline that goes on from a state", "type parallel=fsdp, or a model without dropout")
 
 
 def _near(divisors: Sequence[int], tp: int) -> int:

@@ -74,12 +74,14 @@ def stages(layers: int, pp: int) -> list[range]:
 
 
 def layouts(sizes: Mapping[str, int | None], devices: int) -> str:
-    """The nearest layouts that fit, as a person types them: one axis at a time changed to what the others leave."""
+    """The nearest layouts that fit, as a person types them: one axis at a time changed."""
     found = []
     for axis, size in sizes.items():
         others = math.prod(other for name, other in sizes.items() if name != axis and other is not None)
         if size is not None and devices % others == 0 and (size > 1 or axis == "dp_shard"):
-            found.append(f"parallel.{axis}={devices // others}")
+            fits = [one for one in range(1, devices // others + 1) if devices // others % one == 0] if None in sizes.values() else [devices // others]
+            found.append(f"parallel.{axis}={min(fits, key=lambda one: (abs(one - size), one))}")
     fixed = math.prod(size for size in sizes.values() if size is not None)
-    found.append(f"parallel.devices={fixed * max(1, devices // fixed) if None in sizes.values() else fixed}")
+    if fixed <= devices:
+        found.append(f"parallel.devices={fixed * (devices // fixed) if None in sizes.values() else fixed}")
     return " or ".join(found)

@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
-from lmforge.errors import RunError
+from lmforge.errors import LmforgeError, RunError
 from lmforge.model.weights import splits
 from lmforge.parallel.layout import ONE, Ranks, Spread, data_degree
 from lmforge.step import Context
@@ -111,11 +111,15 @@ def _run(trainer: Trainer, module: TrainingModule, loader: DataLoader[Any]) -> N
     """Fit; Lightning's ways of ending a process on a signal become KeyboardInterrupt."""
     try:
         trainer.fit(module, train_dataloaders=loader)
-    except (SystemExit, SIGTERMException):
-        raise KeyboardInterrupt from None
+    except BaseException as error:
+        with contextlib.suppress(LmforgeError):  # of a state that was being written: the first error is the one to tell
+            module.saver.close()
+        if isinstance(error, (SystemExit, SIGTERMException)):
+            raise KeyboardInterrupt from None
+        raise
     finally:
         module.signals.restore()
-        module.saver.close()
+    module.saver.close()
 
 
 @contextlib.contextmanager

@@ -167,7 +167,7 @@ class TrainingModule(LightningModule):
         """Whether a gradient of any optimizer overflowed; moves the loss scale, once for all of them.
 
         Not by `scaler.step`, which decides for each optimizer by itself, though clipping has mixed their gradients. Ranks hold the same
-        averaged gradients, so they decide alike. Waits for the device where there is a loss scale.
+        averaged gradients, or shards of which torch shares what it found, so they decide alike. Waits for the device where there is a loss scale.
         """
         if not self.scaler.is_enabled():
             return False
