@@ -191,7 +191,7 @@ def test_samples_that_are_damaged_are_named_by_line(cli: Cli, output: Path) -> N
 def test_the_page_as_a_process_saves_every_click_and_ends_by_ctrl_c(output: Path) -> None:
     command = [sys.executable, "-m", "lmforge", "rank", "0123", f"output={output}", "--no-browser", "--rater", "ann"]
     page = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    watchdog = threading.Timer(60, page.kill)
+    watchdog = threading.Timer(120, page.kill)
     watchdog.start()
     try:
         assert page.stdout is not None
@@ -202,7 +202,7 @@ def test_the_page_as_a_process_saves_every_click_and_ends_by_ctrl_c(output: Path
         assert json.loads(connection.getresponse().read())["saved"]
         assert json.loads((output / "rankings" / STEP / "ratings.jsonl").read_text())["rater"] == "ann"
         page.send_signal(signal.SIGINT)
-        out, err = page.communicate(timeout=30)
+        out, err = page.communicate(timeout=90)  # other tests may keep every core busy
     finally:
         watchdog.cancel()
         page.kill()
