@@ -17,7 +17,7 @@ from lmforge.codec import encode, keys
 from lmforge.compiler.emit import Job, emit
 from lmforge.errors import PlanError, Problem
 from lmforge.explain import render
-from lmforge.formats.store import read_json
+from lmforge.formats.store import STATE_INDEX, read_json
 from lmforge.plan import Plan, Step
 from lmforge.registry import Node
 from lmforge.runtime import summary
@@ -164,7 +164,7 @@ def _tracker(step: Step, plan: Plan, folder: Path, resumed: int | None, console:
 
 
 def _resumed_from(folder: Path) -> int | None:
-    index = folder / "state" / "index.json"
+    index = folder / STATE_INDEX
     return int(read_json(index)["step"]) if index.is_file() else None
 
 

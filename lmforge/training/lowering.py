@@ -6,9 +6,9 @@ import functools
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from lmforge.parallel.engine.shard import layers
 from lmforge.training.recipe import Recipe
 
 # Dear to compute and small to keep; the rest (norms, activations, rotary) is recomputed. The choice of torchtitan.
@@ -36,16 +36,9 @@ def _lower(model: Any, recipe: Recipe) -> None:
             options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     if recipe.parallel.compile:
-        for block in blocks(model):
+        for block in layers(model):  # quick, for they share their code
             block.compile()
 
 
 def _policy(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers: the outermost list of modules with the most parameters. Compiling each is quick, for they share their code."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in lists]
-    return list(lists[sizes.index(max(sizes))]) if lists else []

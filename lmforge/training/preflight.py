@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lmforge.formats.store import STATE_INDEX
 from lmforge.formats.tokens import read_meta
 from lmforge.inference.forward import virtual_tokens
 from lmforge.step import Context
@@ -32,7 +33,7 @@ def preflight(objective: Objective, model: Any, *, tokens: Path, checkpoint: Pat
     DataError or RunError on the first check that fails. Nothing is left changed: weights, gradients, modes and random states are what they were. A run
     that goes on from a state passed all of it when it began, so there it does nothing. All ranks come here and look at the same.
     """
-    if (context.folder / "state" / "index.json").is_file():
+    if (context.folder / STATE_INDEX).is_file():
         return {}
     meta = read_meta(tokens)
     if checkpoint is not None:

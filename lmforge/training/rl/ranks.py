@@ -6,13 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lmforge.training.state.together import rank, world
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+__all__ = ["gathered", "rank", "share", "world"]
 
 
 def share(rows: int) -> Tensor:
