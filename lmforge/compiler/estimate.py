@@ -52,18 +52,8 @@ def _costed(step: Step, params: ParamCount, parts: list[Weight], config: Mapping
         peak_bytes_per_device=_flat(step, stage, parts) if stage.parallel.flat else _static(stage, parts, cut),
         communication=stage.parallel.sends(cut, moved),
     )
-    return dataclasses.replace(step, cost=cost, arithmetic=(*step.arithmetic, *(() if stage.parallel.flat else _said(cut, moved))))
-
-
-def _said(cut: Cut, moved: Moved) -> Iterator[str]:
-    """What a rank holds, and what torch's pipeline has it hold of FSDP2's shards within a step: see `traffic`."""
-    if said := cut.said():
-        yield said
-    if cut.mesh["pp"] > 1 and cut.mesh["dp_shard"] > 1:
-        gathered = Cut({**cut.mesh, "dp_shard": 1}, cut.splits, cut.layers)
-        most = max(sum(one.numel for one in gathered.held_at(moved.trained, at)) for at in gathered.first_ranks())
-        values, gradients = most * moved.compute_bytes / GIB, most * moved.reduce_bytes / GIB
-        yield f"within a step a rank also holds its stage unsharded: weights {values:.1f} GiB, gradients {gradients:.1f} GiB (they are summed at its end)"
+    said = "" if stage.parallel.flat else cut.said()
+    return dataclasses.replace(step, cost=cost, arithmetic=(*step.arithmetic, *([said] if said else [])))
 
 
 def _flat(step: Step, stage: TrainingStage, parts: list[Weight]) -> PeakBytes:

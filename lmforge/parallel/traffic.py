@@ -82,17 +82,14 @@ def _sharding(cut: Cut, moved: Moved, at: Mapping[str, int], reshards: bool) -> 
     """FSDP2 and HSDP (Zhao et al. 2023).
 
     Weights are gathered for every forward, and again for every backward where they are freed between. Gradients go to their owners after every
-    micro-batch, and once a step between copies. torch's pipeline keeps weights from one backward to the next forward, and gradients to the step's end.
+    micro-batch, and once a step between copies. A pipeline has several micro-batches on their way, so where weights are not freed they stay through a step.
     """
     ranks, replicas, pipelined = cut.mesh["dp_shard"], cut.mesh["dp_replicate"], cut.mesh["pp"] > 1
     trained = sum(one.numel for one in cut.held_at(moved.trained, at))
     everything = trained + sum(one.numel for one in cut.held_at(moved.base, at))
-    if pipelined:
-        gathers, sums = 1 + moved.micro_batches * reshards, 1
-    else:
-        gathers, sums = moved.micro_batches * (1 + reshards), moved.micro_batches
+    gathers = 1 if pipelined and not reshards else moved.micro_batches * (1 + reshards)
     yield "all_gather", gathers * exchanged(ranks, everything * moved.compute_bytes)
-    yield "reduce_scatter", sums * exchanged(ranks, trained * moved.reduce_bytes)
+    yield "reduce_scatter", moved.micro_batches * exchanged(ranks, trained * moved.reduce_bytes)
     yield "all_reduce", all_reduce(replicas, trained * moved.reduce_bytes)
 
 

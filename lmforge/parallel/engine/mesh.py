@@ -97,7 +97,7 @@ def lay_out(model: Any, ranks: DeviceMesh, options: Mesh, told: Spread, device: 
     pipeline: Pipeline | None = None
     sharded: list[Any] = []
     if sizes["pp"] > 1:
-        pipeline = Pipeline(model, ranks["pp"], device, options.pp_schedule)
+        pipeline = Pipeline(model, ranks["pp"], device, options.pp_schedule, options.reshard_after_forward)
     if sizes["tp"] > 1:
         split_matrices(model, ranks["tp"], told.splits)
     if sizes["dp_replicate"] * sizes["dp_shard"] > 1 or options.cpu_offload:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining._backward import stage_backward
 
 from lmforge.parallel.layout import stages
 
@@ -43,11 +45,28 @@ class Stage(nn.Module):
             return hidden
 
 
+class Sharded(PipelineStage):
+    """A stage under FSDP2 whose gradients go to their owners after every micro-batch. torch's keeps them, and the weights, whole to the end of a step,
+    which a stage that was sharded for want of room cannot hold. Weights stay gathered through a step only where `reshards` is false.
+    """
+
+    reshards: bool
+
+    def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False) -> Any:
+        """Backward of one micro-batch, as FSDP2 runs it outside a pipeline; copies (HSDP) are summed in the last."""
+        assert backward_type == "full"
+        self.submod.set_is_last_backward(True)
+        self.submod.set_reshard_after_backward(self.reshards or last_backward)
+        self.submod.set_requires_gradient_sync(True)
+        self.submod.set_requires_all_reduce(last_backward)
+        return stage_backward(bwd_kwargs["stage_output"], bwd_kwargs["output_grads"], bwd_kwargs["input_values"]), None
+
+
 class Pipeline:
     """This rank's stage and its schedule. The model is cut in place."""
 
-    def __init__(self, model: Any, mesh: DeviceMesh, device: torch.device, schedule: str) -> None:
-        self.mesh, self.device, self.schedule_type = mesh, device, SCHEDULES[schedule]
+    def __init__(self, model: Any, mesh: DeviceMesh, device: torch.device, schedule: str, reshards: bool) -> None:
+        self.mesh, self.device, self.schedule_type, self.reshards = mesh, device, SCHEDULES[schedule], reshards
         self.index, self.count = mesh.get_local_rank(), mesh.size()
         self.first, self.last = self.index == 0, self.index == self.count - 1
         cut(model, self.index, self.count)
@@ -65,7 +84,10 @@ class Pipeline:
 
     def _schedule(self, micro_batches: int) -> Any:
         if micro_batches not in self._schedules:
-            stage = PipelineStage(self.stage, self.index, self.count, self.device, group=self.mesh.get_group())
+            kind = Sharded if isinstance(self.stage, FSDPModule) else PipelineStage
+            stage = kind(self.stage, self.index, self.count, self.device, group=self.mesh.get_group())
+            if isinstance(stage, Sharded):
+                stage.reshards = self.reshards
             self._schedules[micro_batches] = self.schedule_type(stage, micro_batches, loss_fn=lambda *given: self._loss(*given), scale_grads=False)
         return self._schedules[micro_batches]
 
