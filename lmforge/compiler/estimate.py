@@ -6,7 +6,7 @@ Static memory is parameters, gradients and optimizer states. Activations, time a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lmforge.compiler.resolve import flops_per_token

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 
 from lmforge.errors import PlanError
-from lmforge.model.weights import nearest_divisors
 from lmforge.parallel.layout import data_degree
 from lmforge.plan import Plan, Step
 from lmforge.stage.nodes import TrainingStage
@@ -33,19 +34,25 @@ def _placed(step: Step, available: int) -> Step:
     if rows % ranks:
         share = ranks * mesh["pp"]  # a pipeline wants a micro-batch a stage
         near = max(1, round(rows / share)) * share * stage.row_tokens
-        raise PlanError(f"{where}.optimizer.global_batch_tokens", f"{rows} rows do not split over {ranks} devices", f"type {near}, or fewer parallel.devices")
+        what = f"{rows} rows do not split over {_shares(mesh)}"
+        raise PlanError(f"{where}.optimizer.global_batch_tokens", what, f"type {near}, or fewer parallel.devices")
     each = rows // ranks
+    if each < mesh["pp"]:
+        what = f"{each} rows of a data-parallel rank are fewer than the {mesh['pp']} stages of the pipeline"
+        enough = ranks * mesh["pp"] * stage.row_tokens
+        raise PlanError(f"{where}.optimizer.global_batch_tokens", what, f"type {enough}, or fewer stages")
     # A pipeline of few micro-batches stands idle for most of a step.
-    most = min(MICRO_BATCH_TOKENS // stage.row_tokens, each // mesh["pp"] if mesh["pp"] > 1 else each)
-    micro = parallel.micro_batch_size or largest_divisor(each, most)
+    most = each // mesh["pp"] if mesh["pp"] > 1 else each
+    micro = parallel.micro_batch_size or largest_divisor(each, min(MICRO_BATCH_TOKENS // stage.row_tokens, most))
     if each % micro:
-        raise PlanError(f"{where}.parallel.micro_batch_size", f"{micro} does not divide the {each} rows a device has", f"type {nearest_divisors(each, micro)}")
-    if each // micro < mesh["pp"]:
+        above = next((one for one in range(micro, most + 1) if each % one == 0), None)
+        fits = " or ".join(str(one) for one in (largest_divisor(each, min(micro, most)), above) if one)
+        raise PlanError(f"{where}.parallel.micro_batch_size", f"{micro} does not divide the {each} rows a device has", f"type {fits}")
+    if micro > most:
         many = "micro-batch" if each == micro else "micro-batches"
         what = f"{each // micro} {many} of {micro} rows {'is' if each == micro else 'are'} fewer than the {mesh['pp']} stages of the pipeline"
-        raise PlanError(f"{where}.parallel.micro_batch_size", what, f"type {where}.parallel.micro_batch_size={max(1, each // mesh['pp'])}, or a larger batch")
-    shares = {1: "device"}.get(ranks, "devices") if ranks == devices else "data-parallel ranks"
-    line = f"{rows} rows = {ranks} {shares} x {micro} rows x {each // micro} accumulated"
+        raise PlanError(f"{where}.parallel.micro_batch_size", what, f"type {largest_divisor(each, most)}, or a larger batch")
+    line = f"{rows} rows = {_shares(mesh)} x {micro} rows x {each // micro} accumulated"
     strategy = parallel.emitted(
         compute_dtype=stage.precision.compute_dtype,
         reduce_dtype=stage.precision.reduce_dtype,
@@ -55,6 +62,14 @@ def _placed(step: Step, available: int) -> Step:
     )
     placement = Placement(devices=devices, mesh=mesh, micro_batch_size=micro, accumulation=each // micro, strategy=strategy)
     return dataclasses.replace(step, placement=placement, arithmetic=(*step.arithmetic, line))
+
+
+def _shares(mesh: Mapping[str, int]) -> str:
+    """What a global batch is divided over, in words."""
+    ranks = data_degree(mesh)
+    axes = [f"{axis} {mesh[axis]}" for axis in ("dp_replicate", "dp_shard") if mesh[axis] > 1]
+    of = f" ({' x '.join(axes)})" if len(axes) > 1 else ""
+    return f"{ranks} data-parallel rank{'s' if ranks > 1 else ''}{of}" if math.prod(mesh.values()) > 1 else "1 device"
 
 
 def largest_divisor(number: int, limit: int) -> int:

@@ -40,6 +40,7 @@ ALLOWED = (
 # A config must not read the environment or files: secrets would travel into plans and logs.
 RESOLVERS = ("oc.env", "oc.decode", "oc.deprecated")
 CONFIG = "config"
+OF_SWEEPS = ("hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweeper", "hydra.sweep.")
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,11 @@ class App:
             GlobalHydra.instance().clear()
 
     def compose(self) -> Composed:
-        """One config, for one run."""
+        """One config, for one run. ConfigError where what starts the points of a sweep was chosen for it."""
         with self.hydra() as hydra:
             config = hydra.compose_config(CONFIG, self.overrides, run_mode=RunMode.RUN, with_log_configuration=False)
+            if idle := next((one.key for one in self.typed if one.key.startswith(OF_SWEEPS)), None):
+                raise ConfigError(idle, "is for the points of a sweep, and this is one run, here", "add -m, or leave it away")
             own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
             return _composed(own, config.hydra, self.typed, self.catalog)
 

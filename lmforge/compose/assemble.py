@@ -68,8 +68,25 @@ class _Assembly:
         try:
             return decode(hint, value, where)
         except ConfigError as error:
-            self.problems.extend(error.problems)
+            self.problems.extend(map(self.elsewhere, error.problems))
             return None
+
+    def elsewhere(self, problem: Problem) -> Problem:
+        """For an unknown key that another option of the group has: what to type for it."""
+        path = problem.where.split(".")
+        if problem.what != "unknown key" or len(path) < 2:
+            return problem
+        group, catalog = path[-2], self.composed.catalog
+        having = {name for name, cls in types(group).items() if path[-1] in keys(cls)}
+        # The option that names a type itself is its plainest one: fsdp of all meshes.
+        plain = (option for option in sorted(catalog.options.get(group, {})) if catalog.load(group, option).get("type") in having)
+        if (option := next(plain, None)) is None:
+            return problem
+        value: Any = self.config
+        for name in path:
+            value = value.get(name) if isinstance(value, Mapping) else None
+        typed = f"type {'.'.join(path[:-1])}={option} {problem.where}={'null' if value is None else value}"
+        return Problem(problem.where, problem.what, f"{typed}, or {problem.instead}" if problem.instead else typed)
 
     def raw_stages(self) -> dict[str, dict[str, Any]]:
         """The chosen stages in order; what an experiment says of stages that were not chosen falls away."""
@@ -134,7 +151,8 @@ class _Assembly:
             return decode(cls, raw, where)
         except ConfigError as error:
             # A mistake in a root group shows in every stage; it was told at the root already.
-            self.problems.extend(problem for problem in error.problems if problem.where.removeprefix(f"{where}.") not in before)
+            own = (problem for problem in error.problems if problem.where.removeprefix(f"{where}.") not in before)
+            self.problems.extend(map(self.elsewhere, own))
             return None
 
     def group(self, name: str, field: str, group: str, own: Any, yaml: Any) -> Any:

@@ -138,6 +138,10 @@ def _known_root(first: str, override: Override, catalog: Catalog) -> Iterator[Pr
 def _choices(where: str, group: str, override: Override, catalog: Catalog) -> Iterator[Problem]:
     known = catalog.options[group]
     for one in _flat(override.value()):
+        if isinstance(one, list) and group not in PACKAGED:
+            axes = "one mesh has several axes: type parallel=fsdp parallel.tp=2" if group == "parallel" else f"choose one of {', '.join(sorted(known))}"
+            yield Problem(where, f"[{', '.join(map(_text, one))}] is a list, and there is one {group} at a time", axes)
+            continue
         options = [_text(item) for item in one] if isinstance(one, list) else [_text(one)]
         for option in options:
             if option not in known:

@@ -40,6 +40,7 @@ class Parallel(Node):
     compile: Annotated[bool, Key("torch.compile each decoder layer")]
     data_workers: Annotated[int, Key("processes a rank reads its batches ahead with; 0 = none but its own", "processes", ge=0)]
     max_restarts: Annotated[int, Key("times a run that crashed goes on from its last state by itself", ge=0)]
+    grace_s: Annotated[float, Key("time for ranks that are asked to stop: the running step, and a state to disk; then they are killed", "seconds", gt=0)]
 
     def world(self, available: int) -> int:
         """Devices this uses of a machine that has `available` of them; more than there are is the compiler's to refuse."""
@@ -65,9 +66,7 @@ class Parallel(Node):
         """The emitted strategy as plain data, for the plan: `strategy`, `activation_checkpointing`, `compile`, and what a subclass adds."""
         return {"strategy": self.type, "activation_checkpointing": self.activation_checkpointing, "compile": self.compile}
 
-    def emitted(
-        self, *, compute_dtype: str, reduce_dtype: str, gradient_clipping: float | None, micro_batch_size: int, accumulation: int
-    ) -> dict[str, Any]:
+    def emitted(self, *, compute_dtype: str, reduce_dtype: str, gradient_clipping: float | None, micro_batch_size: int, accumulation: int) -> dict[str, Any]:
         """What the plan shows of the strategy once precision, clipping and the micro-batch are known; most options need none of them."""
         return self.strategy_args()
 
@@ -107,6 +106,7 @@ class Several(Parallel):
     """Any way that uses more than one device."""
 
     devices: Annotated[int | None, Key("devices to use; null = all of the hardware's", gt=0)]
+    timeout_s: Annotated[float, Key("time that ranks wait for one that does not answer; then all are ended", "seconds", gt=0)]
 
     def world(self, available: int) -> int:
         return available if self.devices is None else self.devices
@@ -125,7 +125,7 @@ class DDP(Several):
     def engine(self, spread: Spread) -> Engine:
         from lmforge.parallel.engine import whole
 
-        return whole.ReducingDDP(spread) if math.prod(spread.mesh.values()) > 1 else whole.single(spread)
+        return whole.ReducingDDP(spread, self.timeout_s) if math.prod(spread.mesh.values()) > 1 else whole.single(spread)
 
 
 @register("parallel", "mesh")

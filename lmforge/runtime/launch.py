@@ -7,6 +7,7 @@ the others are silent. Whatever happens, no rank is left when `launch` returns o
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -17,14 +18,16 @@ from typing import Any, Protocol
 from lmforge.codec import encode
 from lmforge.compiler.emit import Job
 from lmforge.errors import LmforgeError
+from lmforge.parallel.nodes import Several
 from lmforge.plan import Step
 from lmforge.runtime.events import EVENTS, Lines
 from lmforge.runtime.ranks import FOLDER, INTERRUPTED, Crash, Outcome, Rank, cause, environment, first_line
 from lmforge.stage.base import TrainingStage
 from lmforge.step import Report
 
-GRACE_S = 60.0  # for ranks that were asked to stop: the running step and a state to disk; also for the last ones after rank 0 is through
+MEET_S = 60.0  # for ranks to find the store at which they meet
 AFTER_FAILURE_S = 5.0  # for the others to end by themselves once one has failed: longer than a lost connection takes to show, and their cause
+TOGETHER_S = 2.0  # between the first and the last process that a scheduler's SIGTERM, which it sends to all, comes to
 POLL_S = 0.2
 
 
@@ -71,7 +74,7 @@ def launch(job: Job, report: Report, company: Company | None = None, attempt: in
             crew.kill()
             lines.pass_on()
             file.unlink()
-    return _metrics(job.step.name, list(crew.ended.values()))
+    return _metrics(job, crew)
 
 
 def _here(job: Job, report: Report) -> dict[str, Any]:
@@ -99,14 +102,37 @@ def _restarts(stage: TrainingStage) -> int:
     return stage.parallel.max_restarts
 
 
-def _metrics(step: str, ended: list[Outcome]) -> dict[str, Any]:
+def grace(step: Step) -> float:
+    """Seconds that its ranks have once they are asked to stop, and the last of them once rank 0 is through; a step that trains nothing has no ranks."""
+    return _grace(step.spec) if isinstance(step.spec, TrainingStage) else 0.0
+
+
+def _grace(stage: TrainingStage) -> float:
+    return stage.parallel.grace_s
+
+
+def _metrics(job: Job, crew: Crew) -> dict[str, Any]:
     """Of rank 0, where all of them are through; else the error of the one that the others follow from."""
-    if (failure := cause(ended)) is not None:
-        raise failure.error(step)
-    if any(one.code == INTERRUPTED for one in ended):
+    ended = list(crew.ended.values())
+    failure, stopped = cause(ended), any(one.code == INTERRUPTED for one in ended)
+    if failure and failure.code == -signal.SIGTERM:
+        time.sleep(TOGETHER_S)  # where a scheduler sent it, this process gets it too, as KeyboardInterrupt
+    if failure and failure.follows and (silent := crew.left()) and not stopped:
+        log = job.folder / FOLDER / f"{silent[0]}.log"
+        raise Crash(job.step.name, f"rank {silent[0]} did not answer rank {failure.rank} ({_waited(job.step)})", f"its output is in {log}")
+    if failure and not (failure.follows and stopped):
+        raise failure.error(job.step.name)
+    if stopped:
         raise KeyboardInterrupt
-    metrics: dict[str, Any] = next(one.word["metrics"] for one in ended if one.rank == 0)
+    metrics: dict[str, Any] = crew.ended[0].word["metrics"]
     return metrics
+
+
+def _waited(step: Step) -> str:
+    """How long ranks wait for each other, as it is typed."""
+    assert isinstance(step.spec, TrainingStage)
+    parallel = step.spec.parallel
+    return f"parallel.timeout_s={parallel.timeout_s:g}" if isinstance(parallel, Several) else ""
 
 
 @contextlib.contextmanager
@@ -115,13 +141,13 @@ def _started(job: Job, plain: dict[str, Any], company: Company | None, attempt: 
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     devices = job.step.placement.devices
-    crew = Crew([], None, devices)
+    crew = Crew([], None, devices, grace(job.step))
     if devices == 1:
         crew.here = [Rank(0, job.folder, plain, {}, attempt)]
         yield crew
         return
     address = company.address if company else "127.0.0.1"
-    store = TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=GRACE_S))
+    store = TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=MEET_S))
     world, local, node = company.numbers() if company else (devices, devices, 0)
     try:
         if company:
@@ -137,30 +163,37 @@ def _started(job: Job, plain: dict[str, Any], company: Company | None, attempt: 
 class Crew:
     """All ranks of one start: those of this process, and those of others."""
 
-    def __init__(self, here: list[Rank], away: Away | None, size: int) -> None:
-        self.here, self.away, self.size = here, away, size
+    def __init__(self, here: list[Rank], away: Away | None, size: int, grace_s: float) -> None:
+        self.here, self.away, self.size, self.grace_s = here, away, size, grace_s
         self.ended: dict[int, Outcome] = {}
 
     def follow(self, lines: Lines) -> None:
         """Pass on what rank 0 says until all have ended, or one has failed and the others had their time. On Ctrl-C or SIGTERM they are
-        asked once to stop, and followed until they have."""
+        asked once to stop, and followed until they have; ranks that ended well all the same, or could not keep what they did, are heard."""
         try:
             while self._running() and not self._over():
                 lines.pass_on()
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
             self._stop(lines)
-            raise
+            if not self._settled():
+                raise
 
     def _stop(self, lines: Lines) -> None:
         for rank in self.here:
             rank.terminate()
         if self.away:
             self.away.terminate()
-        deadline = time.monotonic() + GRACE_S
+        deadline = time.monotonic() + self.grace_s
         while self._running() and not cause(self.ended.values()) and time.monotonic() < deadline:
             lines.pass_on()
             time.sleep(POLL_S)
+
+    def _settled(self) -> bool:
+        """Whether all ended well though they were asked to stop, or one says what it could not keep."""
+        if failure := cause(self.ended.values()):
+            return "problems" in failure.word
+        return not self.left() and not any(one.code for one in self.ended.values())
 
     def _running(self) -> bool:
         found = [rank.poll() for rank in self.here if rank.number not in self.ended]
@@ -175,10 +208,14 @@ class Crew:
         if failures:
             return time.time() - min(failures) > AFTER_FAILURE_S
         first = self.ended.get(0)
-        if first is None or time.time() - first.at < GRACE_S:
+        if first is None or time.time() - first.at < self.grace_s:
             return False
-        late = sorted(set(range(self.size)) - self.ended.keys())
-        raise Crash(f"rank {late[0]}", f"did not end within {GRACE_S:.0f} s of rank 0", "its output is in the step's folder under ranks/")
+        what = f"did not end within parallel.grace_s={self.grace_s:g} of rank 0"
+        raise Crash(f"rank {self.left()[0]}", what, "its output is in the step's folder under ranks/")
+
+    def left(self) -> list[int]:
+        """Ranks that were never seen to end."""
+        return sorted(set(range(self.size)) - self.ended.keys())
 
     def kill(self) -> None:
         """End those that are left."""

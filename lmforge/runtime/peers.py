@@ -18,6 +18,7 @@ and for the whole life of the processes
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from lmforge.runtime.ranks import INTERRUPTED, REFUSED, Outcome, Rank, environme
 from lmforge.runtime.stopping import noted
 
 MEET_S = 300.0  # for all processes to come, torch's own bound; a cold network disk makes imports differ by minutes
+TOGETHER_S = 2.0  # between a rank's end by SIGTERM and the same signal to this process, where a scheduler sends it to all
 LEAVE_S = 15.0  # for the others to hear of the end, before the store goes
 POLL_S = 0.3
 SHORT = 16  # characters of a digest
@@ -172,7 +174,7 @@ class Peers:
 
     def serve(self) -> None:
         """On the others: hold a rank of every step that the first starts, until the plan is over. Told where it did not end well."""
-        with self.watched(), noted() as came:  # between steps a signal is the first's to act upon, which gets the same one
+        with self.watched(), noted() as came:  # between steps a signal is the first's to act upon; where it gets none, the next step is stopped
             while True:
                 self.starts += 1
                 start = self.wait(f"start/{self.starts}")
@@ -181,7 +183,6 @@ class Peers:
                     if start["end"]:
                         raise Told(start["end"])
                     return
-                came.clear()
                 self._hold(start, came)
 
     def _hold(self, start: Mapping[str, Any], came: list[int]) -> None:
@@ -190,19 +191,26 @@ class Peers:
         numbers = (place.rank, place.world, place.local, place.local_world, place.node)
         rank = Rank(place.rank, Path(start["folder"]), start["job"], environment(*numbers, self.address, start["port"]), start["attempt"])
         asked = False
+
+        def told() -> bool:
+            return bool(came) or self.has(f"stop/{number}/terminate")
+
         try:
             while (outcome := rank.poll()) is None:
                 if self.has(f"stop/{number}/kill"):
                     rank.kill()
-                elif not asked and (came or self.has(f"stop/{number}/terminate")):
+                elif not asked and told():
                     asked = True
                     rank.terminate()
                 else:
                     time.sleep(POLL_S)
         finally:
             rank.kill()
-        # One that was asked to stop before it could take the signal was killed by it, and that is no failure.
-        code = INTERRUPTED if asked and outcome.failed and not outcome.word else outcome.code
+        deadline = time.monotonic() + (TOGETHER_S if outcome.code == -signal.SIGTERM else 0)
+        while not (asked := asked or told()) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        # One that was asked to stop before it could take the signal was killed by it, or lost others that were, and that is no failure.
+        code = INTERRUPTED if asked and outcome.failed and (outcome.follows or not outcome.word) else outcome.code
         self.set(f"ended/{number}/{self.count(f'ended/{number}', 1)}", {**vars(outcome), "code": code})
 
     @contextmanager

@@ -26,7 +26,7 @@ from lmforge.runtime.given import described, fits
 from lmforge.runtime.launch import Company, allowed, launch
 from lmforge.runtime.progress import LiveReport
 from lmforge.runtime.ranks import Crash
-from lmforge.runtime.stopping import requeue, signals
+from lmforge.runtime.stopping import Asked, noted, requeue, signals
 from lmforge.runtime.workspace import Workspace
 from lmforge.track.jsonl import Metrics
 from lmforge.track.nodes import ArtifactRef, RunInfo, Tracker
@@ -40,13 +40,16 @@ def run(plan: Plan, console: Console, company: Company | None = None) -> dict[st
     a scheduler's signal, after which a Slurm job goes back into the queue. Steps on many devices run with `company`, where there is one."""
     with signals() as asked:
         try:
-            return _run(plan, console, company)
+            metrics = _run(plan, console, company, asked)
+            if asked and asked.to_stop:  # in the last moment of the last step; what would come after this plan does not begin
+                raise KeyboardInterrupt
+            return metrics
         except KeyboardInterrupt:
             requeue(plan, asked, console)
             raise
 
 
-def _run(plan: Plan, console: Console, company: Company | None) -> dict[str, Any]:
+def _run(plan: Plan, console: Console, company: Company | None, asked: Asked | None) -> dict[str, Any]:
     runnable(plan, company)
     workspace = Workspace(plan.experiment.output)
     statuses = workspace.statuses(plan)
@@ -61,6 +64,8 @@ def _run(plan: Plan, console: Console, company: Company | None) -> dict[str, Any
     fresh = bool(waiting)
     folder = (None if fresh else workspace.run_of(plan)) or workspace.open_run(plan)
     for job in emit(plan, workspace.folder):
+        if asked and asked.to_stop and not workspace.is_done(job.step):
+            raise KeyboardInterrupt  # of a step that was done before it could stop
         _ensure(job, plan, workspace, console, company)
     metrics = {step.name: workspace.record(step)["metrics"] for step in plan.steps}
     workspace.close_run(folder, plan, metrics)
@@ -139,7 +144,8 @@ def _attempt(job: Job, plan: Plan, workspace: Workspace, console: Console, compa
             tracker.finish({"error": type(error).__name__}, exit_code=1)
         raise
     seconds = time.monotonic() - started
-    workspace.finish(step, metrics, seconds, versions())
+    with noted():  # all ranks are through, so the step is done
+        workspace.finish(step, metrics, seconds, versions())
     if tracker:
         made = {one.name: one for one in plan.steps}
         inputs = [ArtifactRef(f"{one.step}-{made[one.step].digest}", one.kind, job.inputs[one.kind]) for one in step.inputs]

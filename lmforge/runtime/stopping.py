@@ -31,15 +31,20 @@ class Asked:
         self._read, self._write = socket.socketpair()
         for end in (self._read, self._write):
             end.setblocking(False)
+        self._came: set[int] = set()
         self.others: dict[int, Any] = {}  # handlers of whoever runs us (submitit), by signal
 
     def numbers(self) -> set[int]:
         """Their numbers."""
-        came: set[int] = set()
         with contextlib.suppress(BlockingIOError):
             while data := self._read.recv(4096):
-                came |= set(data)
-        return came
+                self._came |= set(data)
+        return self._came
+
+    @property
+    def to_stop(self) -> bool:
+        """Whether one of them asks to stop: what ends well all the same is kept, and nothing new begins."""
+        return bool({signal.SIGINT, signal.SIGTERM} & self.numbers())
 
     def __enter__(self) -> Asked:
         self._before = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
@@ -70,7 +75,7 @@ def signals() -> Iterator[Asked | None]:
 
 @contextlib.contextmanager
 def noted() -> Iterator[list[int]]:
-    """The signals that ask to stop, Ctrl-C too, are only written down: for a process that another one tells when to end."""
+    """The signals that ask to stop, Ctrl-C too, are only written down: where another process tells this one when to end, or in what is not to be cut short."""
     came: list[int] = []
     numbers = [signal.SIGINT, signal.SIGTERM, *_scheduler_signals()]
     if threading.current_thread() is not threading.main_thread():

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Sequence
 
 from lmforge.plan import Plan
 from lmforge.runtime.given import fits
+from lmforge.runtime.launch import grace
 
 PER_NODE = 8  # GPUs of a node: DGX, HGX and every cloud's eight-GPU machine
 PORT = 29500  # torch's own default for a rendezvous
-# Before the time limit: 60 s for the running step and its state (launch.GRACE_S), and as much for the queue to answer. Slurm may be a
-# minute early on top of it.
-WARNING_S = 120
+QUEUE_S = 60  # for the queue to answer, after the grace time of the ranks; Slurm may be a minute early on top of it
 
 
 def launches(plan: Plan, overrides: Sequence[str]) -> str:
@@ -56,7 +56,7 @@ def sbatch(plan: Plan, overrides: Sequence[str]) -> str:
         f"--ntasks-per-node={each}",
         *([f"--gpus-per-node={each}"] if plan.experiment.hardware.machine().accelerator == "cuda" else []),
         "--requeue",
-        f"--signal=TERM@{WARNING_S}",
+        f"--signal=TERM@{math.ceil(max(map(grace, plan.steps))) + QUEUE_S}",  # before the time limit
         "--open-mode=append",
     ]
     return "\n".join(["#!/bin/bash", *(f"#SBATCH {one}" for one in options), f"srun --kill-on-bad-exit=1 {_own(plan, overrides)}"])

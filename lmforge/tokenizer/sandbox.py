@@ -58,9 +58,7 @@ def serve(lines: Iterable[str], answer: Any) -> None:
 def render(function: Any, asked: dict[str, Any], row: dict[str, Any]) -> dict[str, str]:
     """One row's answer; MemoryError where it took more than there is."""
     try:
-        [text], _ = function(
-            conversations=[row["messages"]], chat_template=asked["template"], add_generation_prompt=row["prompt"], **asked["variables"]
-        )
+        [text], _ = function(conversations=[row["messages"]], chat_template=asked["template"], add_generation_prompt=row["prompt"], **asked["variables"])
         return {"text": text}
     except MemoryError:
         raise

@@ -29,14 +29,13 @@ from lmforge.training.order import StepData
 from lmforge.training.recipe import Recipe
 
 
-def fit(
-    recipe: Recipe, objective: Objective, model: Any, context: Context, save: Callable[[Any], None], tokenizer: Path | None = None
-) -> dict[str, float]:
+def fit(recipe: Recipe, objective: Objective, model: Any, context: Context, save: Callable[[Any], None], tokenizer: Path | None = None) -> dict[str, float]:
     """Train `model` (a transformers model) in place, from the state in `context.folder / "state"` where there is one.
 
     Calls `save(model)` once on rank 0 when all steps are done, and returns the last interval's metrics with `steps`, `tokens` and `train_s`.
-    Raises KeyboardInterrupt after Ctrl-C or SIGTERM, its state written; RunError where the loss is not finite or the state cannot be
-    written; CheckpointError where the state cannot be read. The state is left there: it is for the caller to remove, when its step is done. With the
+    Raises KeyboardInterrupt after Ctrl-C or SIGTERM, its state written; one that comes in the last step, or after it, lets the weights be saved and says
+    no more, for then all is done (the state is written first, should the time not be enough for that). RunError where the loss is not finite or the state
+    cannot be written; CheckpointError where the state cannot be read. The state is left there: it is for the caller to remove, when its step is done. With the
     model's `tokenizer` folder a state can be exported before that.
     """
     world = context.placement.devices
@@ -58,17 +57,20 @@ def fit(
     )
     module = TrainingModule(recipe, objective, model, context.report, folder, tokenizer, data.taken)
     loader = DataLoader(data, batch_size=None, sampler=steps, num_workers=recipe.parallel.data_workers, pin_memory=torch.cuda.is_available())
-    with _quiet():
-        _run(_trainer(recipe, context, mesh, model), module, loader)
-    if module.done < recipe.steps:
-        if module.stopped:
-            raise KeyboardInterrupt
-        raise RuntimeError(f"Lightning ended after step {module.done} of {recipe.steps}")
-    trained = module.engine.whole(module.model)
-    if module.trainer.is_global_zero:
-        save(trained)
-    if dist.is_initialized():
-        dist.barrier()  # nobody reads what `save` writes before it is there
+    try:
+        with _quiet():
+            _run(_trainer(recipe, context, mesh, model), module, loader)
+        if module.done < recipe.steps:
+            if module.stopped:
+                raise KeyboardInterrupt
+            raise RuntimeError(f"Lightning ended after step {module.done} of {recipe.steps}")
+        trained = module.engine.whole(module.model)
+        if module.trainer.is_global_zero:
+            save(trained)
+        if dist.is_initialized():
+            dist.barrier()  # nobody reads what `save` writes before it is there
+    finally:
+        module.signals.restore()
     return {**module.last, "steps": recipe.steps, "tokens": module.tokens, "train_s": module.elapsed_s}
 
 
@@ -117,8 +119,6 @@ def _run(trainer: Trainer, module: TrainingModule, loader: DataLoader[Any]) -> N
         if isinstance(error, (SystemExit, SIGTERMException)):
             raise KeyboardInterrupt from None
         raise
-    finally:
-        module.signals.restore()
     module.saver.close()
 
 

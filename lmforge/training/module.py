@@ -67,7 +67,8 @@ class TrainingModule(LightningModule):
             group["initial_lr"] = group["lr"]
         return self.torch_optimizers
 
-    def on_train_start(self) -> None:
+    def on_fit_start(self) -> None:
+        """Before the loop, which Lightning does not begin where the state is that of the last step."""
         self.model.train()  # from_pretrained leaves a model in evaluation mode
         if not getattr(self.objective, "dropout", True):
             dropout.switch_off(self.model)
@@ -79,6 +80,9 @@ class TrainingModule(LightningModule):
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=self.recipe.loss_scale or 1.0, enabled=enabled)
         if (saved := state.open_state(self.folder)) is not None:
             self._restore(saved)
+        self.signals.install()  # Lightning puts these back when it is through, for the saving of the trained weights
+
+    def on_train_start(self) -> None:
         self.signals.install()  # after Lightning's own, which would end the process in the middle of things
         self.saved_at = self.interval_start = time.monotonic()
         self.started = self.interval_start - self.elapsed_s
@@ -101,9 +105,12 @@ class TrainingModule(LightningModule):
             self._log()
 
     def on_train_batch_end(self, outputs: Any, batch: GlobalBatch, batch_index: int) -> None:
+        last = self.done == self.recipe.steps
+        if last and dist.is_initialized():  # no later step would tell of a signal that came since this one's vote
+            self.vote.ask(torch.zeros((), device=self.device), self.signals.requested)
         stop = self.vote.wanted() if dist.is_initialized() else self.signals.requested
         late = self.vote.late() if dist.is_initialized() else self._late()
-        if (stop or late) and self.done < self.recipe.steps:
+        if stop or (late and not last):  # after the last step too: the weights are gathered and saved next, and there may be no time for that
             self.save_state()
         if stop:
             self.saver.wait()
@@ -212,6 +219,7 @@ class TrainingModule(LightningModule):
             "scaler": self.scaler.state_dict(),
             "meter": meter,
             "guard": self.guard.state_dict(),
+            "last": self.last,
             **self.engine.state(self.model, self.torch_optimizers),
         }
         if isinstance(self.objective, Resumable):
@@ -225,6 +233,7 @@ class TrainingModule(LightningModule):
         self.guard.load_state_dict(found["guard"])
         if isinstance(self.objective, Resumable):
             self.objective.load_state_dict(found["objective"])
+        self.last = found["last"]
         self.done, self.tokens, self.elapsed_s = found["step"], found["tokens"], found["elapsed_s"]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 from lmforge.compose.catalog import Catalog
@@ -58,3 +61,39 @@ def test_all_that_are_wrong_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         translate(["modl=nano", "optimizer=adamv", "model.x=[", "seed=1"], Catalog.of())
     assert [problem.where for problem in caught.value.problems] == ["modl", "optimizer", "model.x=["]
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (
+            "parallel=[fsdp,tp]",
+            "parallel: [fsdp, tp] is a list, and there is one parallel at a time; one mesh has several axes: type parallel=fsdp parallel.tp=2",
+        ),
+        ("quantize=[none,int8]", "quantize: [none, int8] is a list, and there is one quantize at a time; choose one of int8, none"),
+        ("stage.sft.data=[text,hf]", "stage.sft.data: [text, hf] is a list, and there is one data at a time; choose one of"),
+    ],
+)
+def test_a_list_is_for_stages(typed: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        translate([typed], Catalog.of())
+    assert str(caught.value).startswith(f"conf error: {told}")
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("parallel=ddp parallel.tp=2", "parallel.tp: unknown key; type parallel=fsdp parallel.tp=2, or one of: "),
+        ("stage.pretrain.parallel=ddp stage.pretrain.parallel.tp=2", "stage.pretrain.parallel.tp: unknown key; type stage.pretrain.parallel=fsdp stage.pre"),
+        ("optimizer=sgd optimizer.beta1=0.5", "optimizer.beta1: unknown key; type optimizer=adam optimizer.beta1=0.5, or one of: "),
+        ("hydra/launcher=submitit_slurm", "hydra/launcher: is for the points of a sweep, and this is one run, here; add -m, or leave it away"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["plan", "run"])
+def test_what_another_option_or_a_sweep_would_take(verb: str, typed: str, told: str, cli: Callable[..., Any]) -> None:
+    if "launcher" in typed:
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    answer = cli(verb, "stage=pretrain", *typed.split())
+    assert (answer.code, answer.out, answer.written) == (2, "", [])
+    assert answer.err.startswith(f"conf error: {told}")
+    assert len(answer.err.splitlines()) == 1

@@ -117,18 +117,20 @@ def emitted(node: Any) -> Any:
     except LmforgeError as error:
         return str(error)
     parts = [(node.shard_degree(part, node.world(64)), node.offloads(part)) for part in PARTS]
-    return (mesh, node.micro_batch_size, node.data_workers, node.max_restarts, node.strategy_args(), parts, config)
+    run = [getattr(node, key, None) for key in ("micro_batch_size", "data_workers", "max_restarts", "grace_s", "timeout_s")]
+    return (mesh, run, node.strategy_args(), parts, config)
 
 
 OTHER = {
-    "devices": 16, "micro_batch_size": 4, "activation_checkpointing": "full", "compile": True, "data_workers": 2, "max_restarts": 1, "dp_replicate": 4,
-    "dp_shard": 4, "cp": 4, "tp": 4, "pp": 4, "pp_schedule": "gpipe", "prefetch": 1, "cpu_offload": True, "offload_optimizer": True, "offload_parameters": True,
+    "devices": 16, "micro_batch_size": 4, "activation_checkpointing": "full", "compile": True, "data_workers": 2, "max_restarts": 1, "grace_s": 9.0,
+    "timeout_s": 9.0, "dp_replicate": 4, "dp_shard": 4,
+    "cp": 4, "tp": 4, "pp": 4, "pp_schedule": "gpipe", "prefetch": 1, "cpu_offload": True, "offload_optimizer": True, "offload_parameters": True,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_no_key_is_inert(name: str) -> None:
-    """That a run reads data_workers and max_restarts is tests/test_keys.py's to see."""
+    """That a run reads data_workers, max_restarts, grace_s and timeout_s is tests/test_keys.py's to see."""
     values = tree(CATALOG, "parallel", name)
     for key, value in values.items():
         no_pipeline = key == "pp_schedule" and values["pp"] == 1

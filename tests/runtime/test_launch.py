@@ -106,6 +106,10 @@ def test_a_job_on_processors_asks_for_no_gpu(plan: Plan) -> None:
     assert "gpus" not in launches(on(planned("hardware=cpu"), 2), [])
 
 
+def test_a_job_is_warned_as_early_as_its_ranks_need(plan: Plan) -> None:
+    assert "#SBATCH --signal=TERM@361\n" in launches(planned("parallel=fsdp", "hardware=h100x8", "parallel.grace_s=300.5"), [])
+
+
 def test_nodes_carry_the_same_number_of_ranks() -> None:
     assert [shape(devices) for devices in (2, 8, 9, 12, 16, 17, 20)] == [(1, 2), (1, 8), (3, 3), (2, 6), (2, 8), (17, 1), (4, 5)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -47,6 +48,11 @@ def test_a_rank_that_fails_is_the_line_a_user_sees(trapped: tuple[tuple[str, ...
     assert time.monotonic() - started < TOOK_S
     assert ranks(tmp_path) == [], "a rank that hung was left"
 
+    trap.lay(tmp_path, {"step": 5, "rank": 1, "how": "hang"})
+    hung = lmforge(*two, "parallel.max_restarts=0", "parallel.timeout_s=15", cwd=tmp_path, check=2, **environment)
+    assert hung.stderr == f"run error: pretrain: rank 1 did not answer rank 0 (parallel.timeout_s=15); its output is in {log.relative_to(tmp_path)}\n"
+    assert ranks(tmp_path) == []
+
     trap.lay(tmp_path, {"step": 6, "rank": 1, "how": "die"}, {"step": 9, "rank": 0, "how": "fail"})
     again = lmforge(*two, cwd=tmp_path, **environment)
     said = [line for line in again.stdout.splitlines() if "restart" in line]
@@ -73,3 +79,22 @@ def test_one_device_goes_on_after_a_crash_and_counts_down(trapped: tuple[tuple[s
     assert said.startswith("pretrain: ValueError: a foreign error; restart 1 of 1, from step ")
     assert done.stderr.startswith("run error: pretrain: rank 0: ValueError: a foreign error; its output is in ")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_step_that_ends_well_though_it_was_to_stop_is_done(
+    devices: int, trapped: tuple[tuple[str, ...], dict[str, str]], lmforge: Run, tmp_path: Path
+) -> None:
+    words, environment = trapped
+    typed = (*words, f"parallel={'ddp parallel.devices=2' if devices == 2 else 'single'}", "quantize=int8")
+    typed = tuple(part for word in typed for part in word.split())
+    trap.lay(tmp_path, {"step": STEPS - 1, "rank": 0, "how": "stop"})
+    stopped = lmforge(*typed, cwd=tmp_path, check=130, **environment)
+    assert "type the same again to go on" in stopped.stderr
+    assert "pretrain: loss" in stopped.stdout
+    (folder,) = tmp_path.glob("outputs/steps/pretrain-*")
+    assert json.loads((folder / "step.json").read_text())["metrics"]["steps"] == STEPS
+    assert not list(tmp_path.glob("outputs/steps/quantize-*/step.json")), "a step began after the signal"
+    again = lmforge(*typed, cwd=tmp_path, **environment)
+    assert "pretrain: loss" not in again.stdout
+    assert final(tmp_path)

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from lmforge.plan import Plan
 from lmforge.runtime.stopping import Asked, requeue
 from tests.runtime.conftest import Run
 from tests.runtime.test_interrupt import WORDS, final, until_a_state
+from tests.runtime.test_ranks import ranks
 
 SCONTROL = '#!/bin/sh\necho "$@" >> "$(dirname "$0")/asked"\n'
 
@@ -70,7 +72,7 @@ def test_torchrun_gives_the_ranks(words: tuple[str, ...], lmforge: Run, tmp_path
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lmforge"]
     done = subprocess.run([*start, *typed], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("16 rows = 2 devices x 8 rows x 1 accumulated") == 1  # one process prints, and the ranks are all devices
+    assert done.stdout.count("16 rows = 2 data-parallel ranks x 8 rows x 1 accumulated") == 1  # one process prints, and the ranks are all devices
     assert done.stdout.count("s in all") == 1
     alone = tmp_path / "alone"
     alone.mkdir()
@@ -131,6 +133,26 @@ def test_a_preempted_slurm_job_is_requeued_and_goes_on(words: tuple[str, ...], t
     (lines,) = tmp_path.glob("outputs/steps/pretrain-*/metrics.jsonl")
     assert len(lines.read_text().splitlines()) == 120 // 5  # no interval is missing and none is there twice
     assert final(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="reads processes from /proc")
+def test_ranks_that_the_schedulers_own_signal_ends_are_no_failure(words: tuple[str, ...], tmp_path: Path) -> None:
+    """Slurm sends SIGTERM to every process of a job, to ranks that are still importing what would take it too."""
+    typed = (*words, "stage.pretrain.budget.steps=4", "parallel=ddp", "parallel.max_restarts=1")
+    started = tasks(tmp_path, typed, typed)
+    deadline = time.monotonic() + 120
+    while len(at_work := ranks(tmp_path)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for rank in at_work:
+        os.kill(rank, signal.SIGTERM)
+    time.sleep(1.0)  # the ranks have ended, as their processes see, and the signal comes to those only now
+    for task in started:
+        task.send_signal(signal.SIGTERM)
+    (first, said, error), (second, silent, nothing) = ends(started)
+    assert (first, second) == (130, 130), error
+    assert "job 4711 is requeued (restart 1 of 1)" in said
+    assert "restart 1 of 1, from" not in said
+    assert (silent, nothing) == ("", "")
 
 
 def test_a_job_goes_back_into_the_queue_as_often_as_the_config_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan_of: Callable[..., Plan]) -> None:

@@ -33,6 +33,10 @@ class Trap(Constant):
     def die(self):
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def stop(self):
+        """As a scheduler does: to the process that was started."""
+        os.kill(os.getppid() if "RANK" in os.environ else os.getpid(), signal.SIGTERM)
+
     def hang(self):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # as in a collective, where no handler runs
         time.sleep(1000)

@@ -224,6 +224,40 @@ def test_a_signal_ends_after_the_step_and_the_rerun_is_bitwise(chat: Path, tmp_p
     assert {name: metrics[name] for name in ("loss", "grad_norm", "tokens", "lr")} == {name: expected[name] for name in ("loss", "grad_norm", "tokens", "lr")}
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_step_writes_the_state_and_saves_the_weights(chat: Path, tmp_path: Path, number: signal.Signals) -> None:
+    previous = signal.getsignal(number)
+    expected, undisturbed = tiny_run.train(tmp_path / "undisturbed", chat)
+    report = tiny_run.Lines(6, lambda: os.kill(os.getpid(), number))
+    metrics, weights = tiny_run.train(tmp_path / "run", chat, report=report)
+    assert signal.getsignal(number) is previous
+    assert all(torch.equal(weights[name], value) for name, value in undisturbed.items())
+    resumed = tiny_run.state_in(tmp_path / "run" / "state")
+    assert resumed is not None
+    assert resumed["step"] == 6
+
+    (tmp_path / "run/final.safetensors").unlink()  # as where the time was not enough
+    report = tiny_run.Lines()
+    again, weights = tiny_run.train(tmp_path / "run", chat, report=report)
+    assert not report.logged
+    assert {**again, "train_s": 0} == {**metrics, "train_s": 0}  # the state counts its own writing
+    assert {name: again[name] for name in ("loss", "grad_norm", "tokens", "lr")} == {name: expected[name] for name in ("loss", "grad_norm", "tokens", "lr")}
+    assert all(torch.equal(weights[name], value) for name, value in undisturbed.items())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_does_not_cut_the_saving_short(chat: Path, tmp_path: Path, number: signal.Signals) -> None:
+    previous, saved = signal.getsignal(number), []
+
+    def save(model: Any) -> None:
+        os.kill(os.getpid(), number)
+        saved.append(model)
+
+    metrics = fit(tiny_run.recipe(), CausalLM(chat, 16), tiny_run.tiny_model(), tiny_run.context(tmp_path), save)
+    assert (len(saved), metrics["steps"]) == (1, 6)
+    assert signal.getsignal(number) is previous
+
+
 def test_refusals(text: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="8 rows a step do not divide over 3 devices"):
         tiny_run.train(tmp_path, text, devices=3)

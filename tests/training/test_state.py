@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from lmforge.errors import CheckpointError, RunError
-from lmforge.training.state import Saver, open_state, storage
+from lmforge.training.state import Saver, check, open_state, storage
 from lmforge.training.state.index import checksum, sweep
 
 SHARD = "step-7/rank-00000.safetensors"
@@ -233,6 +233,21 @@ def test_a_file_too_many(tmp_path: Path) -> None:
     shutil.copyfile(tmp_path / SHARD, tmp_path / "step-7" / "rank-00009.safetensors")
     with pytest.raises(CheckpointError, match=r"rank-00009.safetensors: is not a part of this state"):
         open_state(tmp_path)
+
+
+def test_each_rank_checks_its_share_before_weights_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(tmp_path, 1)  # no state
+    put(tmp_path, 7)
+    check(tmp_path, 1)
+    (tmp_path / SHARD).write_bytes((tmp_path / SHARD).read_bytes()[:-1] + b"?")
+    monkeypatch.setenv("RANK", "1")
+    check(tmp_path, 2)  # the other rank's file
+    with pytest.raises(CheckpointError, match="is damaged: its SHA-256"):
+        check(tmp_path, 1)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(CheckpointError, match="is damaged: its SHA-256"):
+        check(tmp_path, 2)
+    assert open_state(tmp_path) is not None  # hashed once, by the first of these checks
 
 
 @pytest.mark.parametrize("background", [False, True])

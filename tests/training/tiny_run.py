@@ -108,8 +108,8 @@ def adamw(**changes: Any) -> Optimizer:
 
 
 def parallel(devices: int = 1, **changes: Any) -> Parallel:
-    values = {"micro_batch_size": None, "activation_checkpointing": "none", "compile": False, "data_workers": 0, "max_restarts": 0, **changes}
-    return Single(**values) if devices == 1 else DDP(devices=devices, **values)
+    values = {"micro_batch_size": None, "activation_checkpointing": "none", "compile": False, "data_workers": 0, "max_restarts": 0, "grace_s": 60.0, **changes}
+    return Single(**values) if devices == 1 else DDP(devices=devices, **{"timeout_s": 1800.0, **values})
 
 
 def recipe(**changes: Any) -> Recipe:

@@ -59,6 +59,7 @@ def test_parallel_tells_what_runs_with_what(cli: Cli) -> None:
     assert columns == ["ddp", "fsdp", "tp", "pp", "cp", "deepspeed"]
     assert rows["stage=pretrain"] == ["yes", "yes", "yes", "yes", "yes", "no", "yes"]
     assert rows["stage=ppo"] == ["yes", "yes", "yes", "no", "no", "no", "no"]
+    assert rows["guard=optimizer.max_skips>0"] == ["yes", "yes", "yes", "yes", "yes", "no", "no"]
     assert rows["adapter=qlora"] == ["yes", "yes", "yes", "no", "no", "no", "no"]
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
@@ -20,6 +22,17 @@ if TYPE_CHECKING:
 BACKEND = {"cpu": "gloo", "cuda": "nccl"}
 Batch = Mapping[str, Tensor]
 Read = Callable[[Mapping[str, Tensor]], dict[str, Any]]  # weights to fill, by name -> all that a state holds for this rank
+
+
+def patience(seconds: float) -> timedelta:
+    """How long collectives wait for a rank that does not answer, in every group that this process makes from here on.
+
+    torch takes it for one group at a time, and meshes, DeepSpeed and states make groups of their own by torch's defaults: 10 minutes for NCCL, 30 for gloo.
+    """
+    waits = timedelta(seconds=seconds)
+    distributed_c10d.default_pg_timeout = waits
+    distributed_c10d.default_pg_nccl_timeout = waits  # type: ignore[attr-defined]
+    return waits
 
 
 class Losses(Protocol):

@@ -22,7 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lmforge.parallel.engine.base import BACKEND, Batch, Engine, Losses, Read, counter
+from lmforge.parallel.engine.base import BACKEND, Batch, Engine, Losses, Read, counter, patience
 from lmforge.parallel.engine.gather import fill, skeleton
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ class DeepSpeedEngine(Engine, DeepSpeedStrategy):
             micro_batch_size=spread.micro_batch_size,
             accumulation=spread.accumulation,
         )
-        super().__init__(config=config, process_group_backend=BACKEND[spread.accelerator], precision_plugin=AsItComes())
+        waits = patience(options.timeout_s)
+        super().__init__(config=config, process_group_backend=BACKEND[spread.accelerator], timeout=waits, precision_plugin=AsItComes())
         self._config_initialized = True  # it is whole: Lightning has nothing to fill in
         self.options, self.told, self.mesh = options, spread, spread.mesh
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from lmforge.parallel.engine.base import BACKEND, Batch, Engine, Losses
+from lmforge.parallel.engine.base import BACKEND, Batch, Engine, Losses, patience
 from lmforge.parallel.engine.gather import gathered, skeleton
 from lmforge.parallel.engine.pipeline import Pipeline
 from lmforge.parallel.engine.shard import Sharding, shard
@@ -35,7 +35,7 @@ class MeshEngine(Engine, ModelParallelStrategy):
     def __init__(self, options: Mesh, spread: Spread) -> None:
         # Offloaded gradients are normed on the CPU, which NCCL cannot do.
         backend = "cpu:gloo,cuda:nccl" if options.cpu_offload and spread.accelerator == "cuda" else BACKEND[spread.accelerator]
-        super().__init__(process_group_backend=backend)
+        super().__init__(process_group_backend=backend, timeout=patience(options.timeout_s))
         self.options, self.told, self.mesh = options, spread, spread.mesh
         self.pipeline: Pipeline | None = None
         self._sharded: list[Any] = []

@@ -55,10 +55,11 @@ class Sharded(PipelineStage):
     def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False) -> Any:
         """Backward of one micro-batch, as FSDP2 runs it outside a pipeline; copies (HSDP) are summed in the last."""
         assert backward_type == "full"
-        self.submod.set_is_last_backward(True)
-        self.submod.set_reshard_after_backward(self.reshards or last_backward)
-        self.submod.set_requires_gradient_sync(True)
-        self.submod.set_requires_all_reduce(last_backward)
+        stage: Any = self.submod
+        stage.set_is_last_backward(True)
+        stage.set_reshard_after_backward(self.reshards or last_backward)
+        stage.set_requires_gradient_sync(True)
+        stage.set_requires_all_reduce(last_backward)
         return stage_backward(bwd_kwargs["stage_output"], bwd_kwargs["output_grads"], bwd_kwargs["input_values"]), None
 
 

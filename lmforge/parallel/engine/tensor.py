@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
@@ -27,7 +28,15 @@ def split_matrices(model: Any, mesh: DeviceMesh, styles: Mapping[str, str]) -> N
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and getattr(table, "weight", None) is getattr(head, "weight", 0)
     here = [name for name, module in model.named_modules() if module._parameters]
-    plan: dict[str, ParallelStyle] = {name: STYLES[styles[key]]() for name in here if (key := re.sub(r"\.\d+\.", ".{layer}.", name)) in styles}
+    how = {name: styles[key] for name in here if (key := re.sub(r"\.\d+\.", ".{layer}.", name)) in styles}
+    plan: dict[str, ParallelStyle] = {name: STYLES[style]() for name, style in how.items()}
     parallelize_module(model, mesh, plan)
+    for name in (name for name, style in how.items() if style == "vocabulary"):
+        model.get_submodule(name).register_forward_hook(_waited)
     if tied:
         head.weight = table.weight
+
+
+def _waited(module: Any, given: Any, found: Tensor) -> Tensor:
+    """An embedding's sum over ranks, there: of one that is on its way, a compiled layer makes a gradient that DTensor cannot take (torch 2.13)."""
+    return found.clone()

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 
-from lmforge.parallel.engine.base import BACKEND, Engine
+from lmforge.parallel.engine.base import BACKEND, Engine, patience
 from lmforge.parallel.layout import ONE, Spread
 
 
@@ -32,9 +32,10 @@ class OneDevice(Engine, SingleDeviceStrategy):
 class ReducingDDP(Engine, DDPStrategy):
     """DDP that averages gradients in `reduce_dtype`, on CPU too, where Lightning drops a hook unsaid and torch refuses its own."""
 
-    def __init__(self, spread: Spread) -> None:
+    def __init__(self, spread: Spread, timeout_s: float) -> None:
         # A language model's buffers are constants, so that they need no broadcast.
-        super().__init__(process_group_backend=BACKEND[spread.accelerator], gradient_as_bucket_view=True, broadcast_buffers=False)
+        backend, waits = BACKEND[spread.accelerator], patience(timeout_s)
+        super().__init__(process_group_backend=backend, timeout=waits, gradient_as_bucket_view=True, broadcast_buffers=False)
         self.mesh, self.reduce_dtype = spread.mesh, spread.reduce_dtype
 
     def configure_ddp(self) -> None:

@@ -11,10 +11,25 @@ moment, or a full disk, leaves the last good state. Randomness and data order ar
 from lmforge.training.state.about import MODEL, describe
 from lmforge.training.state.exporting import release
 from lmforge.training.state.index import read_index
-from lmforge.training.state.read import OPTIMIZER, WEIGHTS, Held, Saved, open_state
+from lmforge.training.state.read import OPTIMIZER, WEIGHTS, Held, Saved, check, open_state
 from lmforge.training.state.saver import Saver
 from lmforge.training.state.together import agree
 from lmforge.training.state.tree import Path as TreePath
 from lmforge.training.state.tree import tensors
 
-__all__ = ["MODEL", "OPTIMIZER", "WEIGHTS", "Held", "Saved", "Saver", "TreePath", "agree", "describe", "open_state", "read_index", "release", "tensors"]
+__all__ = [
+    "MODEL",
+    "OPTIMIZER",
+    "WEIGHTS",
+    "Held",
+    "Saved",
+    "Saver",
+    "TreePath",
+    "agree",
+    "check",
+    "describe",
+    "open_state",
+    "read_index",
+    "release",
+    "tensors",
+]

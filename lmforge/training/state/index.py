@@ -14,7 +14,7 @@ from lmforge.codec import canonical
 from lmforge.errors import CheckpointError
 
 INDEX = "index.json"
-FORM = 2  # of the index and the files it names
+FORM = 3  # of the index and the files it names
 SUFFIX = ".safetensors"
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path as File
 from typing import Any
@@ -34,6 +35,30 @@ class Held:
         return str(self.shape)
 
 
+_whole: set[tuple[File, str]] = set()  # states whose files this process has compared by `check`: the folder, and the index's own checksum
+
+
+def check(folder: File, devices: int) -> None:
+    """Compare the state in `folder`, if there is one, with its index, before weights are opened and ranks have met: each of `devices` ranks its share.
+
+    CheckpointError as of `open_state`, on the rank that finds it, whose failure ends the others. `open_state` does not hash those files again.
+    """
+    index = read_index(folder)
+    if index is None:
+        return
+    first = int(os.environ["RANK"]) if devices > 1 else 0
+    for problem in (*strays(folder, index), *_flaws(folder, index, first, devices)):
+        if problem:
+            raise problem
+    _whole.add((folder.resolve(), index["check"]))
+
+
+def _flaws(folder: File, index: Index, first: int, step: int) -> Iterator[CheckpointError | None]:
+    """What is wrong with each file of a rank's share."""
+    ordered = sorted(index["files"], key=lambda name: -index["files"][name]["bytes"])
+    return (flaw(folder, index, name) for name in ordered[first::step])
+
+
 def open_state(folder: File) -> Saved | None:
     """The state last saved in `folder`, None where none was; called by every rank.
 
@@ -52,9 +77,8 @@ def open_state(folder: File) -> Saved | None:
     if index is None:
         return None
     agree(next(strays(folder, index), None))
-    ordered = sorted(index["files"], key=lambda name: -index["files"][name]["bytes"])
-    flaws = (flaw(folder, index, name) for name in ordered[rank() :: world()])
-    agree(next((one for one in flaws if one), None))
+    unknown = () if (folder.resolve(), index["check"]) in _whole else _flaws(folder, index, rank(), world())
+    agree(next((one for one in unknown if one), None))
     return Saved(folder, index)
 
 
