@@ -29,6 +29,9 @@ class Experiment:
 
     name: Annotated[str, Key("what the runs are grouped under; null = the experiment file, or the stages")]
     output: Annotated[str, Key("folder of steps/ and runs/", identity=False)]
+    law: Annotated[
+        str | None, Key("JSON file of a fitted scaling law, for a plan's expected loss and best sizes; null = Hoffmann's 20 tokens a parameter", identity=False)
+    ]
     model: Model
     data: Data
     stages: tuple[NamedStage, ...]

@@ -29,6 +29,8 @@ PLANNING = {
     "as JSON": ("plan", "--json", "stage=dpo", "model=7b", "parallel=fsdp", "hardware=h100x8"),
     "how it is launched": ("plan", "--launch", "stage=dpo", "model=7b", "parallel=fsdp", "hardware=h100x8"),
     "a pipeline here": ("plan", "experiment=smoke"),
+    "where a key comes from": ("plan", "--why", "optimizer.lr"),
+    "a table of sizes": ("plan", "--table", "hardware=h100x8"),
     "a list": ("list", "stage=dpo"),
     "a refusal": ("plan", "stage=dpo"),
     "a difference": ("diff", "stage=pretrain", "--", "stage=pretrain", "model=micro"),

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmforge.compiler.resolve import flops_per_token
+from lmforge.compiler.scaling import scaled
 from lmforge.errors import PlanError
 from lmforge.hardware.nodes import Machine
 from lmforge.model.families import Weight
@@ -29,7 +30,7 @@ def estimate(plan: Plan) -> Plan:
     config = plan.experiment.model.config()
     params, parts = count(config), list(weights(config))
     machine = plan.experiment.hardware.machine()
-    return dataclasses.replace(plan, steps=tuple(_at_best(_fits(_costed(step, params, parts, config), machine), machine) for step in plan.steps))
+    return scaled(dataclasses.replace(plan, steps=tuple(_at_best(_fits(_costed(step, params, parts, config), machine), machine) for step in plan.steps)))
 
 
 def _costed(step: Step, params: ParamCount, parts: list[Weight], config: Mapping[str, Any]) -> Step:

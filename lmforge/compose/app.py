@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.defaults_list import DefaultsList
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
@@ -133,6 +134,12 @@ class App:
                 raise ConfigError(idle, "is for the points of a sweep, and this is one run, here", "add -m, or leave it away")
             own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
             return _composed(own, config.hydra, self.typed, self.catalog)
+
+    def defaults(self) -> DefaultsList:
+        """The files that `compose` merges, lowest first, each with its place in the config and what chose it."""
+        with self.hydra() as hydra:
+            found: DefaultsList = hydra.config_loader.compute_defaults_list(CONFIG, self.overrides, run_mode=RunMode.RUN)
+            return found
 
     def multirun(self, task: Callable[[DictConfig], Any]) -> Any:
         """Hydra's own multirun, launchers and sweepers included; it leaves no file of its own."""

@@ -40,19 +40,20 @@ class _Assembly:
         raw_stages = self.raw_stages()
         self.start_from_weights(raw_stages)
         self.targets(self.config, "")
-        known = {*schema, "stage", "seed"} | {hint.group for cls in types("stage").values() for hint in _groups(cls).values()}
+        known = {*schema, "stage", "seed"} | {hint.group for cls in types("stage").values() for hint in groups(cls).values()}
         for name in self.config:
             if name not in known - {"stages"}:
                 self.problems.append(Problem(name, "unknown key", did_you_mean(name, known)))
         values: dict[str, Any] = {name: self.decode(hint, self.config.get(name), name) for name, hint in roots.items()}
         for group in sorted(known - {*schema, "stage", "seed", "stages"}):
             if group in self.config:
-                self.decode(next(h for cls in types("stage").values() for h in _groups(cls).values() if h.group == group), self.config[group], group)
+                self.decode(next(h for cls in types("stage").values() for h in groups(cls).values() if h.group == group), self.config[group], group)
         if self.config.get("seed") is not None:
             self.decode(int, self.config["seed"], "seed")
         stages = [self.stage(name, raw) for name, raw in raw_stages.items()]
         values["name"] = self.decode(str, self.config.get("name") or self.composed.choices.get("experiment") or "-".join(raw_stages), "name")
         values["output"] = self.decode(str, self.config.get("output"), "output")
+        values["law"] = self.decode(schema["law"][0], self.config.get("law"), "law")
         if self.config.get("name") == "" or (isinstance(values["name"], str) and not NAME.fullmatch(values["name"])):
             self.problems.append(Problem("name", f"{self.config['name']!r} cannot name a folder", "use letters, digits, '.', '_' and '-'"))
         if values["output"] == "":
@@ -141,7 +142,7 @@ class _Assembly:
             self.problems.extend(error.problems)
             return None
         yaml = layers.stage_yaml(self.composed, cls.type)
-        for field, hint in _groups(cls).items():
+        for field, hint in groups(cls).items():
             raw[field] = self.group(name, field, hint.group, raw.get(field), yaml.get(field))
         for field, (hint, _) in keys(cls).items():
             if isinstance(hint, type) and issubclass(hint, Node) and hint.exactly_one and isinstance(raw.get(field), Mapping):
@@ -173,8 +174,8 @@ class _Assembly:
         before = self.composed.config["stage"]
         for one in self.composed.typed:
             group = one.key.partition(".")[0]
-            takers = [name for name, raw in raw_stages.items() if group in _groups(lookup("stage", raw["type"], name))]
-            own_root = group in keys(Experiment) or group not in {hint.group for cls in types("stage").values() for hint in _groups(cls).values()}
+            takers = [name for name, raw in raw_stages.items() if group in groups(lookup("stage", raw["type"], name))]
+            own_root = group in keys(Experiment) or group not in {hint.group for cls in types("stage").values() for hint in groups(cls).values()}
             if own_root:
                 continue
             if not takers:
@@ -184,7 +185,7 @@ class _Assembly:
                 self.problems.append(Problem(one.key, "every stage of this plan has its own value, so this changes nothing", f"type {instead}"))
 
 
-def _groups(cls: type) -> dict[str, type[Node]]:
+def groups(cls: type) -> dict[str, type[Node]]:
     """Fields of a stage that are root groups: field -> base class of the group."""
     return {
         name: hint

@@ -18,7 +18,7 @@ from lmforge.registry import plugins
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
-def _own(name: str) -> Path:
+def own(name: str) -> Path:
     """conf/ or sweeps/: inside the package in a wheel, beside it in a checkout."""
     inside = PACKAGE / name
     return inside if inside.is_dir() else PACKAGE.parent / name
@@ -34,7 +34,7 @@ class Catalog:
     @classmethod
     def of(cls, config_dir: str | None = None) -> Catalog:
         """The user's `--config-dir`, then ours, then each plugin's own `conf` folder."""
-        folders = [_own("conf"), _own("sweeps")]
+        folders = [own("conf"), own("sweeps")]
         for plugin in plugins():
             spec = importlib.util.find_spec(plugin.module)
             if spec and spec.origin and (folder := Path(spec.origin).parent / "conf").is_dir():
@@ -53,7 +53,7 @@ class Catalog:
     @functools.cached_property
     def root_groups(self) -> set[str]:
         """The groups that the root chooses an option of; the others, such as `reward`, are parts of a stage."""
-        entries = OmegaConf.to_container(OmegaConf.load(_own("conf") / "config.yaml"), resolve=False)["defaults"]  # type: ignore[index, call-overload]
+        entries = OmegaConf.to_container(OmegaConf.load(own("conf") / "config.yaml"), resolve=False)["defaults"]  # type: ignore[index, call-overload]
         return {str(key).removeprefix("optional ") for entry in entries if isinstance(entry, dict) for key in entry}
 
     @functools.cached_property
@@ -75,7 +75,7 @@ class Catalog:
     def broken(self) -> Iterator[Problem]:
         """Option files of the user or a plugin that no YAML reader takes; ours are held by the tests."""
         for folder in self.folders:
-            if folder in (_own("conf"), _own("sweeps")):
+            if folder in (own("conf"), own("sweeps")):
                 continue
             for file in sorted(one for one in folder.rglob("*.yaml") if one.is_file()):
                 try:

@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from lmforge.compose.catalog import Catalog
 from lmforge.errors import ConfigError, Problem, did_you_mean
 
-ROOT_KEYS = ("seed", "name", "output")
+ROOT_KEYS = ("seed", "name", "output", "law")
 PACKAGED = ("stage",)  # groups whose options live at <group>.<option>
 
 

@@ -61,6 +61,10 @@ class Optimizer(Node):
         """Bytes of state for one parameter with `param_bytes` an element, without the scalar step counter; torch's states have the parameter's dtype."""
         raise NotImplementedError
 
+    def update_flops(self, shape: tuple[int, ...], name: str) -> float:
+        """FLOPs of the matrix products in one update of a parameter."""
+        return 0.0
+
 
 @register("optimizer", "sgd")
 class Sgd(Optimizer):
@@ -216,6 +220,13 @@ class Muon(Optimizer):
 
     def state_bytes(self, shape: tuple[int, ...], name: str, param_bytes: int) -> int:
         return (1 if self._orthogonal(name, shape) else 2) * param_bytes * numel(shape)
+
+    def update_flops(self, shape: tuple[int, ...], name: str) -> float:
+        """Newton-Schulz on the shorter side r of an r x c matrix: X X^T, its square and their product with X, each `ns_steps` times."""
+        if not self._orthogonal(name, shape):
+            return 0.0
+        rows, columns = sorted(shape)
+        return self.ns_steps * (4.0 * rows * rows * columns + 2.0 * rows**3)
 
     @staticmethod
     def _orthogonal(name: str, shape: tuple[int, ...]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from lmforge.errors import PlanError, Problem
@@ -58,9 +58,13 @@ class Parallel(Node):
         """Whether a part of the training state is kept in host memory."""
         return False
 
+    def sent(self, cut: Cut, moved: traffic.Moved) -> Sequence[traffic.Sent]:
+        """What a device sends in an optimizer step, by axis of the mesh and collective; empty on one device."""
+        return ()
+
     def sends(self, cut: Cut, moved: traffic.Moved) -> traffic.Traffic:
-        """Bytes that a device sends in an optimizer step, by collective; empty on one device."""
-        return {}
+        """The same in bytes by collective."""
+        return traffic.by_kind(self.sent(cut, moved))
 
     def strategy_args(self) -> dict[str, Any]:
         """The emitted strategy as plain data, for the plan: `strategy`, `activation_checkpointing`, `compile`, and what a subclass adds."""
@@ -119,7 +123,7 @@ class DDP(Several):
     def mesh(self, devices: int) -> dict[str, int]:
         return ONE | {"dp_replicate": devices}
 
-    def sends(self, cut: Cut, moved: traffic.Moved) -> traffic.Traffic:
+    def sent(self, cut: Cut, moved: traffic.Moved) -> Sequence[traffic.Sent]:
         return traffic.copies(cut.mesh["dp_replicate"], moved)
 
     def engine(self, spread: Spread) -> Engine:
@@ -170,7 +174,7 @@ class Mesh(Several):
     def shard_degree(self, part: Part, devices: int) -> int:
         return self.mesh(devices)["dp_shard"]
 
-    def sends(self, cut: Cut, moved: traffic.Moved) -> traffic.Traffic:
+    def sent(self, cut: Cut, moved: traffic.Moved) -> Sequence[traffic.Sent]:
         return traffic.mesh(cut, moved, reshards=self.reshard_after_forward)
 
     def offloads(self, part: Part) -> bool:
@@ -205,7 +209,7 @@ class DeepSpeed(Several):
     def mesh(self, devices: int) -> dict[str, int]:
         return ONE | {"dp_shard": devices}
 
-    def sends(self, cut: Cut, moved: traffic.Moved) -> traffic.Traffic:
+    def sent(self, cut: Cut, moved: traffic.Moved) -> Sequence[traffic.Sent]:
         return traffic.zero(self.stage, cut.mesh["dp_shard"], moved)
 
     def check(self, where: str) -> Iterator[Problem]:

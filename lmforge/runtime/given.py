@@ -102,7 +102,11 @@ def across(experiment: Experiment, world: int, local_world: int) -> Experiment:
         raise PlanError.of([described(machine.name)])
     name = f"{nodes} x {machine.name}" if nodes > 1 else machine.name
     memory = machine.memory_bytes * (nodes if machine.accelerator == "cpu" else 1)  # a GPU's own, or that of all hosts
-    spread = Stated(name=name, accelerator=machine.accelerator, devices=world, memory_bytes=memory, peak_flops=machine.peak_flops)
+    bandwidth = machine.memory_bandwidth and machine.memory_bandwidth * (nodes if machine.accelerator == "cpu" else 1)
+    figures = hardware.figures() | {"memory_bandwidth": bandwidth}
+    spread = Stated(
+        name=name, accelerator=machine.accelerator, devices=world, devices_per_node=local_world, memory_bytes=memory, **figures
+    )  # fmt: skip
     return dataclasses.replace(experiment, hardware=spread)
 
 

@@ -27,7 +27,7 @@ from lmforge.runtime.launch import Company, allowed, launch
 from lmforge.runtime.progress import LiveReport
 from lmforge.runtime.ranks import Crash
 from lmforge.runtime.stopping import Asked, noted, requeue, signals
-from lmforge.runtime.workspace import Workspace
+from lmforge.runtime.workspace import MEASURED, Workspace
 from lmforge.track.jsonl import Metrics
 from lmforge.track.nodes import ArtifactRef, RunInfo, Tracker
 
@@ -145,7 +145,8 @@ def _attempt(job: Job, plan: Plan, workspace: Workspace, console: Console, compa
         raise
     seconds = time.monotonic() - started
     with noted():  # all ranks are through, so the step is done
-        workspace.finish(step, metrics, seconds, versions())
+        machine = plan.experiment.hardware.machine().fingerprint if MEASURED in metrics else None
+        workspace.finish(step, metrics, seconds, versions(), machine)
     if tracker:
         made = {one.name: one for one in plan.steps}
         inputs = [ArtifactRef(f"{one.step}-{made[one.step].digest}", one.kind, job.inputs[one.kind]) for one in step.inputs]

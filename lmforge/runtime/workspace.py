@@ -18,6 +18,8 @@ from lmforge.explain import Status, changes
 from lmforge.formats import store
 from lmforge.plan import Plan, Step
 
+MEASURED = "measured"  # of a step's metrics, what is held against its predicted cost
+
 
 class Workspace:
     """One output folder."""
@@ -94,16 +96,16 @@ class Workspace:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def finish(self, step: Step, metrics: Mapping[str, Any], seconds: float, versions: Mapping[str, str]) -> None:
-        """Write step.json, last and atomically: from here on the step is done."""
+    def finish(self, step: Step, metrics: Mapping[str, Any], seconds: float, versions: Mapping[str, str], machine: str | None = None) -> None:
+        """Write step.json, last and atomically: from here on the step is done. `machine` is the fingerprint of the one that it ran on."""
         record = {
             "name": step.name,
             "digest": step.digest,
             "step": encode(step),
             "identity": encode(step.spec, identity=True),
-            "metrics": dict(metrics),
+            "metrics": {name: value for name, value in metrics.items() if name != MEASURED},
             "predicted": encode(step.cost),
-            "measured": {"seconds": round(seconds, 3)},
+            "measured": {"seconds": round(seconds, 3), **measured(step, metrics), "machine": machine},
             "versions": dict(versions),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
@@ -136,6 +138,15 @@ class Workspace:
         """The manifest: which steps the run is made of, and the figures of each."""
         steps = [self.folder(step).name for step in plan.steps]
         write_json(folder / store.RUN_FILE, {"experiment": plan.experiment.name, "steps": steps, "metrics": dict(metrics)})
+
+
+def measured(step: Step, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training says of itself, with the FLOPs of the tokens it really saw, by the plan's own convention."""
+    if MEASURED not in metrics:
+        return {}
+    cost, tokens = step.cost, metrics["tokens"]
+    flops = cost.train_flops / cost.tokens * tokens if cost.train_flops is not None and cost.tokens else None
+    return {**metrics[MEASURED], "tokens": tokens, "train_flops": flops, "train_seconds": round(metrics["train_s"], 3)}
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -18,6 +18,7 @@ from lmforge.optimizer.nodes import Optimizer
 from lmforge.parallel.nodes import Parallel
 from lmforge.precision.nodes import Precision
 from lmforge.registry import Key, Node, node
+from lmforge.stage.workload import Pass, Workload
 from lmforge.step import Context, StepNode
 
 
@@ -97,6 +98,11 @@ class TrainingStage(Stage):
         assert self.seq_len is not None
         return self.seq_len * self.sequences_per_row
 
+    @property
+    def positions(self) -> int:
+        """Tokens that the model sees before each sequence, beside its own."""
+        return 0
+
     def example_tokens(self, context_tokens: int) -> int:
         """Its sequence length."""
         return self.length(context_tokens)
@@ -116,6 +122,12 @@ class TrainingStage(Stage):
     def base_bytes(self, weights: Sequence[Weight]) -> int:
         """Bytes of the weights under an adapter, all devices together."""
         return 0
+
+    def workload(self, micro_rows: int, accumulation: int) -> Workload:
+        """What an optimizer step runs on one data-parallel rank; here next-token prediction on packed rows, which memory and time are predicted from."""
+        tokens = self.row_tokens
+        rows = Pass(model="trained", sequences=micro_rows, length=tokens, logits=tokens, backward=True, packed=True)
+        return Workload(passes=(rows,), accumulation=accumulation)
 
     def objective(self, context: Context) -> Any:
         """The loss over this stage's tokens, as `lmforge.training` wants it (torch)."""
@@ -138,9 +150,14 @@ class Tuning(TrainingStage):
         """A checkpoint, or the adapter alone: the compiler merges it where a checkpoint is needed."""
         return self.produces if self.adapter.trains_all or self.produces != "checkpoint" else "adapter"
 
+    @property
+    def positions(self) -> int:
+        """A soft prompt's."""
+        return self.adapter.positions
+
     def length(self, context_tokens: int) -> int:
         """`seq_len`, or what a soft prompt leaves of the model's context."""
-        return self.seq_len or context_tokens - self.adapter.positions
+        return self.seq_len or context_tokens - self.positions
 
     def load(self, weights: Sequence[Weight]) -> Load:
         """All weights trained, or the adapter's on a frozen base."""
@@ -149,3 +166,12 @@ class Tuning(TrainingStage):
     def base_bytes(self, weights: Sequence[Weight]) -> int:
         """The adapter knows, for it may quantize them."""
         return self.adapter.frozen_bytes(self.load(weights).base, self.precision.param_bytes)
+
+    def workload(self, micro_rows: int, accumulation: int) -> Workload:
+        """Packed rows, or one example a row behind a soft prompt."""
+        return Workload(passes=(self.one_pass(micro_rows, packed=self.adapter.packs),), accumulation=accumulation)
+
+    def one_pass(self, sequences: int, **more: Any) -> Pass:
+        """Forward and backward of what is trained over so many sequences of `seq_len` tokens, and what a soft prompt puts before each."""
+        assert self.seq_len is not None
+        return Pass(**{"model": "trained", "sequences": sequences, "length": self.seq_len + self.positions, "logits": self.seq_len, "backward": True, **more})

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from lmforge.registry import Key, Node, node, register
 from lmforge.stage.base import Tuning
+from lmforge.stage.workload import Workload
 from lmforge.step import Context, StepNode
 
 
@@ -22,6 +23,10 @@ class Pairwise(Tuning):
     def loss(self, pairs: Any) -> Any:
         """`lmforge.training.losses.preference.Pairs` to a `PairLoss`."""
         raise RuntimeError(f"{type(self).__name__} has no loss()")
+
+    def workload(self, micro_rows: int, accumulation: int) -> Workload:
+        """Two answers a row, whose prompt is computed once where it can be; reference log-probs are read, not computed."""
+        return Workload(passes=(self.one_pass(2 * micro_rows, pairs=self.adapter.packs),), accumulation=accumulation)
 
     def objective(self, context: Context) -> Any:
         """The stage's loss over its pairs."""
@@ -78,6 +83,10 @@ class Orpo(Pairwise):
     beta: Annotated[float, Key("weight of the odds-ratio term, the paper's lambda", gt=0)]
     nll_over_prompt: Annotated[bool, Key("cross entropy of the prompt too, and a mean over the batch's tokens, as TRL has it")]
 
+    def workload(self, micro_rows: int, accumulation: int) -> Workload:
+        """Logits at the prompt too, where its cross entropy is in the loss."""
+        return Workload(passes=(self.one_pass(2 * micro_rows, pairs=self.adapter.packs, over_prompt=self.nll_over_prompt),), accumulation=accumulation)
+
     def objective(self, context: Context) -> Any:
         """The loss over pairs, with either cross entropy."""
         if not self.nll_over_prompt:
@@ -116,6 +125,11 @@ class Kto(Tuning):
     beta: Annotated[float, Key("strength of the pull towards the reference policy", gt=0)]
     desirable_weight: Annotated[float, Key("weight of good answers, the paper's lambda_D", gt=0)]
     undesirable_weight: Annotated[float, Key("weight of bad answers, the paper's lambda_U", gt=0)]
+
+    def workload(self, micro_rows: int, accumulation: int) -> Workload:
+        """One answer a row; before, prompts with other prompts' answers without gradient, for the baseline of the whole batch."""
+        mismatched = self.one_pass(micro_rows, backward=False, times=accumulation)
+        return Workload(passes=(self.one_pass(micro_rows),), accumulation=accumulation, before=(mismatched,))
 
     def objective(self, context: Context) -> Any:
         """The loss against cached reference log-probs, with the KL baseline of the whole global batch."""

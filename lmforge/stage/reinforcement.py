@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,10 @@ from lmforge.registry import Key, node, register
 from lmforge.reward.nodes import Reward, RewardModel
 from lmforge.stage.base import Load, Tuning
 from lmforge.stage.reward import scalar_head
+from lmforge.stage.workload import Pass, Rollout, Workload
 from lmforge.step import Context
+
+ROWS = 64  # answers drawn at once (lmforge.inference.rollout.ROWS, which a test holds equal: that module needs torch)
 
 
 @node
@@ -54,6 +58,23 @@ class Reinforcement(Tuning):
         yield f"a rollout = {self.minibatches} x {rows:,} rows = {answers:,} answers, used for {self.epochs} x {self.minibatches} = {self.updates} steps"
         rollouts = -(-steps // self.updates)
         yield f"{steps:,} steps = {rollouts:,} rollouts = {rollouts * answers:,} answers of at most {self.max_new_tokens:,} tokens"
+
+    def practised(self, micro_rows: int, accumulation: int, passes: Sequence[Pass], scored: Sequence[Pass]) -> Workload:
+        """`passes` over a micro-batch of a step; in the step that a rollout is made in, its answers and `scored`, passes over all of them without gradient.
+
+        A rollout is used for `updates` steps, so a step has as large a share of it. Answers are drawn as many at once as lmforge.inference.rollout says.
+        """
+        assert self.seq_len is not None
+        answers = micro_rows * accumulation * self.minibatches
+        share = accumulation * self.minibatches / self.updates
+        reward = [self.one_pass(micro_rows, model="reward", backward=False, scalar=True, logits=0)] if "reward_model" in self.reward.takes() else []
+        at_once = min(answers, ROWS)
+        return Workload(
+            passes=tuple(passes),
+            accumulation=accumulation,
+            before=tuple(dataclasses.replace(one, times=share) for one in (*scored, *reward)),
+            rollout=Rollout(sequences=at_once, prompt=self.seq_len - self.max_new_tokens, new=self.max_new_tokens, batches=answers / at_once / self.updates),
+        )
 
     def run(self, context: Context) -> dict[str, Any]:
         """Train from the checkpoint given; the figures are of held-out prompts, before and after."""
@@ -99,6 +120,14 @@ class Ppo(Reinforcement):
         """`reward` or `policy`."""
         return self.value_init or ("reward" if "reward_model" in self.reward.takes() else "policy")
 
+    def workload(self, micro_rows: int, accumulation: int) -> Workload:
+        """Policy and value model in one graph; before, both on the rollout, and the starting policy."""
+        new = self.max_new_tokens
+        policy = self.one_pass(micro_rows, logits=new, entropy=self.entropy_coef > 0)
+        value = self.one_pass(micro_rows, model="value", logits=0, scalar=True)
+        before = [dataclasses.replace(one, backward=False, entropy=False) for one in (policy, value)]
+        return self.practised(micro_rows, accumulation, (policy, value), (*before, dataclasses.replace(before[0], model="reference")))
+
     def load(self, weights: Sequence[Weight]) -> Load:
         """Policy and value model trained; the starting policy and the reward model frozen."""
         whole, adapted = scalar_head(weights), not self.adapter.trains_all
@@ -130,6 +159,15 @@ class Grpo(Reinforcement):
             what = f"a rollout of {self.minibatches} x {rows} answers is no whole number of groups of {self.group_size}"
             raise PlanError("stage.grpo.group_size", what, "type a divisor of the answers, or another optimizer.global_batch_tokens")
         yield from super().account(rows, steps)
+
+    def workload(self, micro_rows: int, accumulation: int) -> Workload:
+        """The policy alone; before, its log-probs on the rollout where it will have moved, and those of the starting policy where they are asked for."""
+        policy = self.one_pass(micro_rows, logits=self.max_new_tokens)
+        once = dataclasses.replace(policy, backward=False)
+        scored = [once] if self.updates > 1 else []
+        if self.kl_coef or not self.adapter.trains_all:
+            scored.append(dataclasses.replace(once, model="reference"))
+        return self.practised(micro_rows, accumulation, (policy,), scored)
 
     def load(self, weights: Sequence[Weight]) -> Load:
         """The policy trained; the starting policy frozen where the loss needs it and no adapter can be switched off; the reward model frozen."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from lmforge.model.families import Weight
 from lmforge.registry import Key, register
 from lmforge.stage.base import Load, Tuning
+from lmforge.stage.workload import Workload
 from lmforge.step import Context
 
 
@@ -26,6 +27,10 @@ class RewardModel(Tuning):
         """The model with a scalar head for its vocabulary's."""
         whole = scalar_head(weights)
         return Load(whole) if self.adapter.trains_all else Load((*self.adapter.trainable(weights), whole[-1]), base=whole)
+
+    def workload(self, micro_rows: int, accumulation: int) -> Workload:
+        """Two answers a row, and a number for each instead of logits."""
+        return Workload(passes=(self.one_pass(2 * micro_rows, pairs=True, scalar=True, logits=0),), accumulation=accumulation)
 
     def objective(self, context: Context) -> Any:
         """-log sigmoid of the score difference."""

@@ -19,6 +19,10 @@ class Pass:
     backward: bool
     scalar: bool = False  # a head of one number, as reward and value models have
     packed: bool = False  # several documents in a sequence: attention takes a mask
+    pairs: bool = False  # sequences are pairs, whose prompts may be computed once (lmforge.training.shared_prompt); `length` is that of the longest
+    prompt: int | None = None  # tokens of each's prompt, which has no logits, where they are known; None: any number
+    over_prompt: bool = False  # a pair's logits are made at its prompt too
+    entropy: bool = False  # the loss has an entropy term with a gradient of its own
     times: float = 1.0  # passes over the same micro-batch in one optimizer step
 
 
@@ -34,7 +38,10 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One optimizer step on one data-parallel rank: `passes` once for each of its `accumulation` micro-batches, and what comes before."""
+    """One optimizer step on one data-parallel rank: `passes` once for each of its `accumulation` micro-batches, and what comes before.
+
+    Lengths are the longest that the stage's keys allow, for the data is not read while planning.
+    """
 
     passes: tuple[Pass, ...]
     accumulation: int

@@ -29,10 +29,10 @@ from lmforge.training.order import StepData
 from lmforge.training.recipe import Recipe
 
 
-def fit(recipe: Recipe, objective: Objective, model: Any, context: Context, save: Callable[[Any], None], tokenizer: Path | None = None) -> dict[str, float]:
+def fit(recipe: Recipe, objective: Objective, model: Any, context: Context, save: Callable[[Any], None], tokenizer: Path | None = None) -> dict[str, Any]:
     """Train `model` (a transformers model) in place, from the state in `context.folder / "state"` where there is one.
 
-    Calls `save(model)` once on rank 0 when all steps are done, and returns the last interval's metrics with `steps`, `tokens` and `train_s`.
+    Calls `save(model)` once on rank 0 when all steps are done, and returns the last interval's metrics with `steps`, `tokens`, `train_s`, `measured`.
     Raises KeyboardInterrupt after Ctrl-C or SIGTERM, its state written; one that comes in the last step, or after it, lets the weights be saved and says
     no more, for then all is done (the state is written first, should the time not be enough for that). RunError where the loss is not finite or the state
     cannot be written; CheckpointError where the state cannot be read. The state is left there: it is for the caller to remove, when its step is done. With the
@@ -64,6 +64,7 @@ def fit(recipe: Recipe, objective: Objective, model: Any, context: Context, save
             if module.stopped:
                 raise KeyboardInterrupt
             raise RuntimeError(f"Lightning ended after step {module.done} of {recipe.steps}")
+        measured = module.gauge.result()  # before the weights are gathered, which no step does
         trained = module.engine.whole(module.model)
         if module.trainer.is_global_zero:
             save(trained)
@@ -71,7 +72,7 @@ def fit(recipe: Recipe, objective: Objective, model: Any, context: Context, save
             dist.barrier()  # nobody reads what `save` writes before it is there
     finally:
         module.signals.restore()
-    return {**module.last, "steps": recipe.steps, "tokens": module.tokens, "train_s": module.elapsed_s}
+    return {**module.last, "steps": recipe.steps, "tokens": module.tokens, "train_s": module.elapsed_s, "measured": measured}
 
 
 def _refuse(recipe: Recipe, world: int, shares: int) -> None:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lmforge.step import Report
 from lmforge.training import dropout, state
+from lmforge.training.gauge import Gauge
 from lmforge.training.guard import Guard, agreed
 from lmforge.training.meter import Meter
 from lmforge.training.objective import Figured, LossParts, Objective, OfLogits, Preparing, Resumable
@@ -76,6 +77,7 @@ class TrainingModule(LightningModule):
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.meter = Meter(self.device, counts=self.ranks.speaks)
         self.vote = StopVote(self.device)
+        self.gauge = Gauge(self.device, getattr(self.objective, "period", 1))
         enabled = self.recipe.loss_scale is not None
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=self.recipe.loss_scale or 1.0, enabled=enabled)
         if (saved := state.open_state(self.folder)) is not None:
@@ -101,6 +103,7 @@ class TrainingModule(LightningModule):
         self._update(batch.step, *self._backward(batch))
         self.done = batch.step + 1
         self.tokens += batch.tokens * self.ranks.data_degree
+        self.gauge.end(batch.step, batch.tokens * self.ranks.data_degree)
         if self.done % self.recipe.log_every == 0 or self.done == self.recipe.steps:
             self._log()
 
@@ -186,6 +189,7 @@ class TrainingModule(LightningModule):
 
     def _log(self) -> None:
         sums, now = self.meter.read(), time.monotonic()
+        self.gauge.read()
         if not sums:  # every step of the interval was skipped, and told
             self.elapsed_s = now - self.started
             return

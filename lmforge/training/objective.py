@@ -50,7 +50,8 @@ class Objective(Protocol):
 
 
 # What an objective may have besides; the training module asks for each by its methods. An objective with `dropout = False` is trained without dropout,
-# an adapter's included: it compares log-probs with those that a reference, or the policy of a rollout, gave without.
+# an adapter's included: it compares log-probs with those that a reference, or the policy of a rollout, gave without. One whose steps are not alike has a
+# `period`, the number of steps after which the work repeats.
 
 
 @runtime_checkable

@@ -32,10 +32,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+QUICKSTART = "experiment=quickstart"
+
+
 def with_quickstart(overrides: list[str]) -> list[str]:
     """The overrides, with the quickstart where neither a stage nor an experiment is chosen."""
     heads = {one.lstrip("+~").partition("=")[0].split("@")[0] for one in overrides}
-    return overrides if heads & set(CHOOSES_A_PIPELINE) else [*overrides, "experiment=quickstart"]
+    return overrides if heads & set(CHOOSES_A_PIPELINE) else [*overrides, QUICKSTART]
 
 
 def app_of(argv: Sequence[str]) -> tuple[App, argparse.Namespace]:

@@ -1,9 +1,11 @@
-"""compare RUN... [output=FOLDER]: finished runs side by side: the keys that differ, and the figures. Without RUN: the latest ten. --json for scripts."""
+"""compare RUN... [output=FOLDER]: finished runs side by side: the keys that differ, the figures, and what each step took beside its prediction.
+
+Without RUN: the latest ten. --json for scripts."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from rich.table import Table
 
 from lmforge.errors import ConfigError
 from lmforge.explain import flatten
+from lmforge.explain.analyze import SHORT, compared
 from lmforge.formats import store
+from lmforge.verbs._analyze import records_of
 
 OUTPUT = "output="
 SIDE_BY_SIDE = 6  # more runs than these are shown as rows
@@ -57,7 +61,15 @@ def column(folder: Path) -> Sections:
         keys, metrics = {record["name"]: record["step"]["spec"]}, {record["name"]: record["metrics"]}
     else:
         raise ConfigError(folder.name, "has not finished, so there is nothing to compare", "type the same run again: it goes on where it stopped")
-    return {"keys": keys, "metrics": {key: value for key, value in flatten(metrics).items() if _is_number(value)}}
+    return {"keys": keys, "metrics": {key: value for key, value in flatten(metrics).items() if _is_number(value)}, "cost": dict(taken(folder))}
+
+
+def taken(folder: Path) -> Iterator[tuple[str, dict[str, float | None]]]:
+    """What each training step took, measured and as predicted, and the one over the other."""
+    for record in records_of(folder):
+        for one in compared(record):
+            if one.key in SHORT and one.measured is not None:
+                yield f"{record['name']}.{one.key}", {"predicted": one.predicted, "measured": one.measured, "ratio": one.ratio}
 
 
 def _is_number(value: Any) -> bool:
@@ -65,12 +77,12 @@ def _is_number(value: Any) -> bool:
 
 
 def differing(columns: Mapping[str, Sections]) -> Sections:
-    """Keys whose values differ, of the steps that all runs have; and every figure of any."""
+    """Keys whose values differ, of the steps that all runs have; and every figure and cost of any."""
     common = [step for step in next(iter(columns.values()))["keys"] if all(step in column["keys"] for column in columns.values())]
     keys = {name: flatten({step: column["keys"][step] for step in common}) for name, column in columns.items()}
     different = {key: values for key, values in _rows(keys).items() if not _same(values)}
-    metrics = _rows({name: column["metrics"] for name, column in columns.items()})
-    return {"keys": {key: values for key, values in different.items() if different.get(key.partition(".")[2]) != values}, "metrics": metrics}
+    figures = {section: _rows({name: column[section] for name, column in columns.items()}) for section in ("metrics", "cost")}
+    return {"keys": {key: values for key, values in different.items() if different.get(key.partition(".")[2]) != values}, **figures}
 
 
 def _rows(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -91,14 +103,14 @@ def show(names: Sequence[str], rows: Sections) -> None:
         console.width = max(console.width, key_width + len(names) * (NARROWEST + 3) + 4)
         console.print(_upright(names, rows))
         return
-    different = rows["keys"] | {key: values for key, values in rows["metrics"].items() if not _same(values)}
+    different = rows["keys"] | {key: values for section in ("metrics", "cost") for key, values in rows[section].items() if not _same(values)}
     cells = {key: [_cell(values[name]) for name in names] for key, values in different.items()}
     widths = {key: min(WIDEST, max(NARROWEST, *map(len, values))) for key, values in cells.items()}
     name_width = max(map(len, names)) + 4
     console.width = max(console.width, name_width + WIDEST + 3)
     for keys in _packed(widths, console.width - name_width):
         console.print(_across(names, {key: cells[key] for key in keys}, widths))
-    same = len(rows["metrics"]) + len(rows["keys"]) - len(different)
+    same = sum(map(len, rows.values())) - len(different)
     console.print(f"{same} figures that are the same in all {len(names)} runs are left out; --json has them")
 
 
@@ -135,6 +147,9 @@ def _packed(widths: Mapping[str, int], room: int) -> list[list[str]]:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, dict):  # a cost
+        beside = "not predicted" if value["ratio"] is None else f"{value['ratio']:.2f} of predicted"
+        return f"{value['measured']:.5g} ({beside})"
     if isinstance(value, float):
         return f"{value:.5g}"
     return "" if value is None else str(value)

@@ -1,6 +1,10 @@
 """plan: EXPLAIN. Prints the steps, what is done, and what each takes; nothing runs, and torch is not imported.
 
---json for scripts: one indented object, or under -m one line for each point. --launch: how to start it on the ranks it wants, instead.
+--json for scripts: one indented object, or under -m one line for each point. Instead of the plan:
+--launch      how to start it on the ranks it wants
+--why KEY     which file or override gave a key its value, and what the compiler made of it
+--table       parameters, tokens, FLOPs and device-hours of models from 400m to gpt3_175b, on hardware=
+--analyze RUN what was predicted of a run's or a step's training, and what was measured
 """
 
 from __future__ import annotations
@@ -18,28 +22,59 @@ from lmforge.explain import render
 from lmforge.plan import Plan
 from lmforge.runtime.submission import hint, launches
 from lmforge.runtime.workspace import Workspace
-from lmforge.verbs._arguments import app_of, hydra_flags
+from lmforge.verbs import _analyze, _table, _why
+from lmforge.verbs._arguments import QUICKSTART, app_of, hydra_flags
+
+SWITCHES = ("--json", "--launch", "--table")
+VALUED = ("--why", "--analyze")  # each followed by its word
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the plan as a tree, or as JSON, or how it is launched."""
-    as_json, to_launch = "--json" in argv, "--launch" in argv
-    app, args = app_of([word for word in argv if word not in ("--json", "--launch")])
+    """Print the plan as a tree, or as JSON, or what is asked of it instead."""
+    asked, words = questions(argv)
+    as_json = asked.pop("--json", None) is not None
+    if len(asked) > 1:
+        raise ConfigError(" ".join(asked), "are two questions", "ask one at a time")
+    if "--analyze" in asked:
+        print(_analyze.answer(asked["--analyze"], words, as_json))
+        return 0
+    app, args = app_of(words)
     if hydra_flags(app, args):
         return 0
     many = args.multirun or any(one.key == "sweep" for one in app.typed)
-    if to_launch and (many or as_json):
-        raise ConfigError("--launch", "is text for one run", f"leave {'--json' if as_json else 'the sweep'} away")
-    if to_launch:
-        folder = ["--config-dir", args.config_dir] if args.config_dir else []
-        print(launches(compile(experiment(app.compose())), [*folder, *args.overrides]))
-        return 0
+    if asked and (many or as_json):
+        raise ConfigError(next(iter(asked)), "is text for one run", f"leave {'--json' if as_json else 'the sweep'} away")
     if many:
         app.multirun(json_point if as_json else point)
-        return 0
-    show_one = show_json if as_json else show
-    show_one(compile(experiment(app.compose())))
+    elif "--launch" in asked:
+        folder = ["--config-dir", args.config_dir] if args.config_dir else []
+        print(launches(compile(experiment(app.compose())), [*folder, *args.overrides]))
+    elif "--why" in asked:
+        print(_why.answer(app, asked["--why"], "" if QUICKSTART in args.overrides else QUICKSTART))
+    elif "--table" in asked:
+        print(_table.answer(args.overrides, args.config_dir))
+    else:
+        (show_json if as_json else show)(compile(experiment(app.compose())))
     return 0
+
+
+def questions(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The flags of this verb with their words, wherever they stand, and what is left for Hydra."""
+    asked: dict[str, str] = {}
+    left: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, sign, value = word.partition("=")
+        if word in SWITCHES:
+            asked[word] = ""
+        elif name in VALUED:
+            found = value if sign else next(words, "")
+            if not found or found.startswith("-"):
+                raise ConfigError(name, "expects a word after it", f"type {name} {'KEY, such as optimizer.lr' if name == '--why' else 'RUN'}")
+            asked[name] = found
+        else:
+            left.append(word)
+    return asked, left
 
 
 def show(plan: Plan) -> None:

@@ -31,7 +31,7 @@ from lmforge.optimizer.nodes import AdamW
 from lmforge.parallel.engine.mesh import by_mesh, lay_out
 from lmforge.parallel.layout import AXES, ONE, Spread, coordinate
 from lmforge.parallel.shards import Cut
-from lmforge.parallel.traffic import Moved, Traffic
+from lmforge.parallel.traffic import Moved, Traffic, by_kind
 from lmforge.parallel.traffic import mesh as mesh_traffic
 from lmforge.plan import Plan, Step
 from lmforge.stage.train import recipe
@@ -180,7 +180,7 @@ def tiny_step(family: str, mesh: Mapping[str, int], micro_batches: int, **change
     states = sum(local(value).numel() * value.element_size() for one in optimizer.state.values() for value in one.values() if value.ndim)
     compute, reduce = (getattr(torch, change[key]).itemsize for key in ("compute", "reduce"))
     moved = Moved(weights(config), (), micro_batches, tokens, 32, change["checkpointing"] != "none", 4, compute, reduce)
-    return sent.bytes, mesh_traffic(Cut(mesh, splits(config), 3), moved, reshards=change["reshard_after_forward"]), model, states
+    return sent.bytes, by_kind(mesh_traffic(Cut(mesh, splits(config), 3), moved, reshards=change["reshard_after_forward"])), model, states
 
 
 class Sent(TorchDispatchMode):

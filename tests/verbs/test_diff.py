@@ -22,13 +22,20 @@ def words(rows: Path) -> tuple[str, ...]:
 def test_a_changed_key_names_what_runs_again(cli: Cli, words: tuple[str, ...]) -> None:
     answer = cli("diff", *words, "--", *words, "stage.sft.optimizer.lr=1e-3")
     assert (answer.code, answer.err, answer.written) == (0, "", [])
-    assert answer.out.splitlines() == ["~ sft: runs again (optimizer.lr)", "    optimizer.lr: 2e-05 -> 0.001", "5 of 6 steps are the same in both"]
+    assert answer.out.splitlines() == [
+        "~ sft: runs again (optimizer.lr)",
+        "    optimizer.lr: 2e-05 -> 0.001",
+        "what the first plan made of sft cannot be used for the second",
+        "5 of 6 steps are the same in both",
+    ]
 
 
 def test_what_follows_runs_again_and_costs_are_shown(cli: Cli, words: tuple[str, ...]) -> None:
     lines = cli("diff", *words, "stage.pretrain.budget.steps=10", "--", *words, "stage.pretrain.budget.steps=20").out.splitlines()
     assert "~ pretrain: runs again (budget.steps)" in lines
-    assert "    cost.tokens: 163840 -> 327680" in lines
+    assert "    tokens: 163,840 -> 327,680 (+163,840, +100 %)" in lines
+    assert "    FLOPs: 3.91e+11 -> 7.82e+11 (+3.91e+11, +100 %)" in lines
+    assert lines[-2:] == ["what the first plan made of pretrain, sft cannot be used for the second", "4 of 6 steps are the same in both"]
     assert "~ sft: runs again (what it consumes changed)" in lines
 
 
@@ -41,7 +48,9 @@ def test_another_model_is_named_as_the_reason(cli: Cli, words: tuple[str, ...]) 
 def test_execution_is_shown_and_runs_nothing_again(cli: Cli, words: tuple[str, ...]) -> None:
     out = cli("diff", *words, "--", *words, "parallel=ddp", "parallel.devices=2").out
     assert "runs again" not in out
+    assert "= sft: the same step, run in another way" in out
     assert "    parallel.devices: None -> 2" in out
+    assert "    devices: 1 -> 2" in out
     assert out.splitlines()[-1] == "6 of 6 steps are the same in both"
 
 

@@ -44,7 +44,8 @@ class Grpo:
         if options.kl_coef and reference is None:
             raise ValueError("a KL needs a reference")
         self.options, self.practice, self.reference = options, practice, reference
-        self.on_policy = practice.schedule.updates == 1
+        self.period = practice.schedule.updates
+        self.on_policy = self.period == 1
         self.temperature = practice.rollouts.sampling.temperature
         self.figures, self.state_dict, self.load_state_dict = practice.figures, practice.state_dict, practice.load_state_dict
 

@@ -45,7 +45,7 @@ class Ppo:
         self.options, self.practice, self.reference = options, practice, reference
         self.kl_coef = options.kl_coef
         self.temperature = practice.rollouts.sampling.temperature
-        self.figures = practice.figures
+        self.figures, self.period = practice.figures, practice.schedule.updates
 
     def dataset(self, split: str) -> Places:
         return self.practice.places()

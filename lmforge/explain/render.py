@@ -1,15 +1,14 @@
-"""EXPLAIN: a plan as a person reads it, and what two plans differ in. Text in, text out; no disk, no torch."""
+"""A plan as a tree that a person reads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from lmforge.codec import encode
+from lmforge.explain.changes import flatten
+from lmforge.explain.words import gib
 from lmforge.plan import Plan, Step
 
-GIB = 2**30
 FLOPS = "FLOPs: 6N + 6LdT per token, N active parameters (embeddings included), causal attention"
 
 
@@ -81,53 +80,3 @@ def details(step: Step) -> Iterator[str]:
         yield f"communication a step and device: {sent}"
     options = ", ".join(f"{key} {value}" for key, value in flatten(step.placement.strategy).items() if key != "strategy")
     yield f"strategy {step.placement.strategy['strategy']}: {options}"
-
-
-def gib(count: int | None) -> str:
-    """Bytes as GiB or MiB (2^30, 2^20)."""
-    if count is None:
-        return "not estimated"
-    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Plain data as dotted keys."""
-    if isinstance(value, Mapping):
-        found: dict[str, Any] = {}
-        for key, inner in value.items():
-            found |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-        return found
-    return {prefix: value}
-
-
-def changes(before: Any, after: Any) -> list[tuple[str, Any, Any]]:
-    """Dotted keys that differ, with both values; a key one side lacks shows as None."""
-    left, right = flatten(before), flatten(after)
-    return [(key, left.get(key), right.get(key)) for key in dict.fromkeys([*left, *right]) if left.get(key) != right.get(key)]
-
-
-def diff(before: Plan, after: Plan) -> str:
-    """What two plans differ in, and which steps of the first cannot be used for the second."""
-    lines = []
-    named = {step.name: step for step in before.steps}
-    for step in after.steps:
-        old = named.pop(step.name, None)
-        if old is None:
-            lines.append(f"+ {step.name}: new step")
-        elif old.digest != step.digest:
-            lines.append(f"~ {step.name}: runs again ({because(old, step)})")
-        for key, left, right in changes(encode(old.spec), encode(step.spec)) if old else []:
-            lines.append(f"    {key}: {left} -> {right}")
-        for key, left, right in changes(encode(old.cost), encode(step.cost)) if old else []:
-            lines.append(f"    cost.{key}: {left} -> {right}")
-    lines.extend(f"- {name}: gone" for name in named)
-    kept = sum(step.digest in {one.digest for one in before.steps} for step in after.steps)
-    return "\n".join([*lines, f"{kept} of {len(after.steps)} steps are the same in both"])
-
-
-def because(old: Step, new: Step) -> str:
-    """Why a step is another step than before."""
-    reasons = [key for key, _, _ in changes(encode(old.spec, identity=True), encode(new.spec, identity=True))][:4]
-    if old.content != new.content:
-        reasons.append("its model changed" if hasattr(new.spec, "model") else "its data changed")
-    return ", ".join(reasons) or "what it consumes changed"
