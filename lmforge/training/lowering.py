@@ -30,6 +30,9 @@ def lower(model: Any, recipe: Recipe) -> None:
 
 
 def _lower(model: Any, recipe: Recipe) -> None:
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":  # autocast passes it by: it would compute in what a norm hands it, which is float32
+            module.compute_dtype, module.compute_type_is_set = getattr(torch, recipe.compute_dtype), True
     if recipe.parallel.activation_checkpointing != "none":
         options: dict[str, Any] = {"use_reentrant": False}
         if recipe.parallel.activation_checkpointing == "selective":
