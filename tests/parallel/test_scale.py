@@ -10,6 +10,7 @@ import contextlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,14 +21,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmforge.compiler.emit import emit
 from lmforge.errors import PlanError
+from lmforge.model import opening
 from lmforge.model.build import from_scratch, on_meta
 from lmforge.model.weights import sizes, splits, weights
 from lmforge.optimizer.nodes import AdamW
+from lmforge.parallel.engine.fill import fill
 from lmforge.parallel.engine.mesh import by_mesh, lay_out
 from lmforge.parallel.layout import AXES, ONE, Spread, coordinate
 from lmforge.parallel.shards import Cut
@@ -56,6 +60,7 @@ OPTIONS = {"pp_schedule": "1f1b", "reshard_after_forward": True, "prefetch": 0, 
 def rank_of(rank: int, mesh: Mapping[str, int]) -> Iterator[DeviceMesh]:
     """This process as one rank of a mesh that has no others."""
     world = torch.Size(mesh.values()).numel()
+    _clear_sharding_prop_cache()  # it remembers meshes: a DTensor would be given an equal one, in which this process is another rank
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         yield init_device_mesh("cpu", tuple(mesh.values()), mesh_dim_names=tuple(mesh))
@@ -154,6 +159,41 @@ def test_ranks_of_small_models_hold_uneven_parts(family: str, axes: dict[str, in
         total += sum(one.numel for one in said)
     fullest = max(sum(one.numel for one in cut.held_at(weights(config), at)) for at in cut.first_ranks())
     assert total <= fullest * torch.Size(mesh.values()).numel()
+
+
+@pytest.mark.parametrize("axes", [{"pp": 2, "dp_shard": 3, "tp": 2}, {"dp_replicate": 2, "dp_shard": 7}, {"dp_shard": 3, "tp": 4}])
+@pytest.mark.parametrize("family", ["llama", "olmo2", "qwen2", "qwen3"])
+def test_ranks_read_the_parts_that_make_the_whole(family: str, axes: dict[str, int]) -> None:
+    """Every rank fills what it holds, and never has more than that and one tensor; put together it is the model that one rank opens."""
+    config, mesh = {**TINY, "num_key_value_heads": 4, "model_type": family, "tie_word_embeddings": False}, ONE | axes
+    options: Any = SimpleNamespace(**OPTIONS)
+    whole = {name: parameter.detach() for name, parameter in from_scratch(config, 0).named_parameters()}
+    found = {name: torch.full_like(value, torch.nan) for name, value in whole.items()}
+    largest, total = (function(value.nbytes for value in whole.values()) for function in (max, sum))
+    for rank in range(torch.Size(mesh.values()).numel()):
+        unread, model, peak = opening.from_scratch(config, 0), None, 0
+
+        def watched(name: str, slices: tuple[slice, ...]) -> Tensor:
+            nonlocal peak
+            value = unread.parts[name](slices)  # noqa: B023  # called within this turn
+            found[name][slices] = value
+            peak = max(peak, real(unread.model) + value.nbytes)  # noqa: B023
+            return value
+
+        with rank_of(rank, mesh) as ranks:
+            model = unread.model
+            assert real(model) == 0
+            lay_out(model, ranks, options, Spread("cpu", mesh, "float32", "float32", None, 1, 1, splits(config)), torch.device("cpu"))
+            assert real(model) == 0
+            fill(model, {name: partial(watched, name) for name in whole}, torch.device("cpu"))
+            assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+            assert size(model) <= peak <= size(model) + largest < total
+    assert all(torch.equal(found[name], value) for name, value in whole.items())
+
+
+def real(model: nn.Module) -> int:
+    """Bytes of its parameters that have memory on this rank."""
+    return sum(local(parameter).nbytes for parameter in model.parameters() if parameter.device.type != "meta")
 
 
 def tiny_step(family: str, mesh: Mapping[str, int], micro_batches: int, **change: Any) -> tuple[Traffic, Traffic, nn.Module, int]:
