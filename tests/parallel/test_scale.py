@@ -7,6 +7,7 @@ fullest rank's bytes are the plan's. Tiny models run a real step there, and what
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,7 @@ from lmforge.model.build import from_scratch, on_meta
 from lmforge.model.weights import sizes, splits, weights
 from lmforge.optimizer.nodes import AdamW
 from lmforge.parallel.engine.fill import fill
+from lmforge.parallel.engine.base import changing
 from lmforge.parallel.engine.mesh import by_mesh, lay_out
 from lmforge.parallel.layout import AXES, ONE, Spread, coordinate
 from lmforge.parallel.shards import Cut
@@ -40,6 +42,7 @@ from lmforge.parallel.traffic import mesh as mesh_traffic
 from lmforge.plan import Plan, Step
 from lmforge.stage.train import recipe
 from lmforge.training.lowering import lower
+from lmforge.training.state.storage import Planner as StatePlanner
 
 PlanOf = Callable[..., Plan]
 BATCH = "stage.pretrain.optimizer.global_batch_tokens=4194304"
@@ -194,6 +197,30 @@ def test_ranks_read_the_parts_that_make_the_whole(family: str, axes: dict[str, i
 def real(model: nn.Module) -> int:
     """Bytes of its parameters that have memory on this rank."""
     return sum(local(parameter).nbytes for parameter in model.parameters() if parameter.device.type != "meta")
+
+
+@pytest.mark.parametrize("axes", [{"dp_shard": 3, "tp": 2}, {"dp_shard": 4, "tp": 2}, {"dp_replicate": 2, "dp_shard": 2, "tp": 2}, {"pp": 3, "dp_shard": 2}])
+def test_a_state_has_every_number_once_where_its_rank_holds_it(axes: dict[str, int]) -> None:
+    """97 words over 2, and each half over 3 or 4: torch's own offsets are a row off there."""
+    config, mesh = {**TINY, "model_type": "llama"}, ONE | axes
+    options: Any = SimpleNamespace(**OPTIONS)
+    found: dict[str, Counter[tuple[int, ...]]] = {}
+    for rank in range(torch.Size(mesh.values()).numel()):
+        model: Any = on_meta(config)
+        with rank_of(rank, mesh) as ranks:
+            lay_out(model, ranks, options, Spread("cpu", mesh, "float32", "float32", None, 1, 1, splits(config)), torch.device("cpu"))
+            planner = StatePlanner({}, changing(model))  # type: ignore[arg-type]
+            planner.is_coordinator = rank == 0
+            for item in planner.create_local_plan().items:
+                assert item.tensor_data is not None
+                chunk = item.tensor_data.chunk
+                assert chunk.sizes == local(planner.tensors[item.index.fqn]).shape, (rank, item.index.fqn)
+                cells = itertools.product(*(range(begin, begin + size) for begin, size in zip(chunk.offsets, chunk.sizes, strict=True)))
+                found.setdefault(item.index.fqn, Counter()).update(cells)
+    copies = mesh["dp_replicate"]
+    for name, parameter in on_meta(config).named_parameters():
+        assert len(found[name]) == parameter.numel(), name
+        assert max(found[name].values()) <= copies * mesh["dp_shard"] * mesh["tp"], name
 
 
 def tiny_step(family: str, mesh: Mapping[str, int], micro_batches: int, **change: Any) -> tuple[Traffic, Traffic, nn.Module, int]:
