@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 import tiny_mesh
 from safetensors.torch import load_file
 from tiny_mesh import TOLERANCE, Case, apart, figures
+
+from lmforge.model.weights import sizes, splits, weights
+from lmforge.parallel import traffic
+from lmforge.parallel.layout import ONE
+from lmforge.parallel.shards import Cut
+from lmforge.parallel.traffic import Moved
 
 pytestmark = pytest.mark.timeout(1500)  # the first test waits for all runs
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
@@ -41,7 +48,8 @@ OPENED = [
 ]  # fmt: skip
 OPENED_BY_4 = [
     Case("folder-fsdp_tp-qwen3", "fsdp_tp", "qwen3", 97, 10, start="folder"),
-    Case("scratch-fsdp_pp", "fsdp_pp", vocabulary=97, steps=10, start="scratch"),
+    Case("scratch-fsdp_pp", "fsdp_pp", vocabulary=97, steps=10, start="scratch", counts=True),
+    Case("scratch-fsdp_pp-kept", "fsdp_pp", vocabulary=97, steps=10, start="scratch", changes={"reshard_after_forward": False}, counts=True),
 ]
 COMPUTE, REDUCE = {"compute_dtype": "bfloat16"}, {"reduce_dtype": "bfloat16"}
 # The sums first: once DeepSpeed has been told of autocast in a process, it takes their dtype from there.
@@ -111,6 +119,18 @@ def test_so_do_other_families_and_keys(folder: Path, case: Case) -> None:
 @pytest.mark.parametrize("case", OPENED + OPENED_BY_4, ids=lambda case: case.name)
 def test_ranks_that_open_their_part_alone_give_the_figures_of_one_that_opens_all(folder: Path, case: Case) -> None:
     close(folder, case)
+
+
+@pytest.mark.parametrize("case", [case for case in OPENED_BY_4 if case.counts], ids=lambda case: case.name)
+def test_a_sharded_pipeline_sends_what_the_plan_says(folder: Path, case: Case) -> None:
+    """Gradients of every micro-batch go to their owners at once; `test_scale` counts the layouts that one process can play."""
+    mesh = ONE | {"pp": 2, "dp_shard": 2}
+    parts, reshards = weights(case.config), case.changes.get("reshard_after_forward", True)
+    moved = Moved(parts, (), 4, tiny_mesh.SEQ_LEN, sizes(case.config).hidden_size, False, 4, 4, 4)  # 8 rows = 2 ranks x 4 micro-batches of one row
+    said = traffic.mesh(Cut(mesh, splits(case.config), sizes(case.config).num_hidden_layers), moved, reshards=reshards)
+    found = [json.loads((folder / case.name / f"sent-{rank}.json").read_text()) for rank in range(4)]
+    sent = max(found, key=lambda one: one["all_gather"] + one["reduce_scatter"] + one["send"])
+    assert {kind: sent[kind] for kind in said} == said
 
 
 @pytest.mark.parametrize("case", LOW, ids=lambda case: case.name)

@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from sent import Sent
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmforge.compiler.emit import emit
 from lmforge.errors import PlanError
@@ -32,8 +32,8 @@ from lmforge.model import opening
 from lmforge.model.build import from_scratch, on_meta
 from lmforge.model.weights import sizes, splits, weights
 from lmforge.optimizer.nodes import AdamW
-from lmforge.parallel.engine.fill import fill
 from lmforge.parallel.engine.base import changing
+from lmforge.parallel.engine.fill import fill
 from lmforge.parallel.engine.mesh import by_mesh, lay_out
 from lmforge.parallel.layout import AXES, ONE, Spread, coordinate
 from lmforge.parallel.shards import Cut
@@ -248,38 +248,6 @@ def tiny_step(family: str, mesh: Mapping[str, int], micro_batches: int, **change
     compute, reduce = (getattr(torch, change[key]).itemsize for key in ("compute", "reduce"))
     moved = Moved(weights(config), (), micro_batches, tokens, 32, change["checkpointing"] != "none", 4, compute, reduce)
     return sent.bytes, mesh_traffic(Cut(mesh, splits(config), 3), moved, reshards=change["reshard_after_forward"]), model, states
-
-
-class Sent(TorchDispatchMode):
-    """Bytes a rank sends where rings run the collectives that torch issues."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent: Counter[str] = Counter()
-
-    @property
-    def bytes(self) -> Traffic:
-        return {kind: size for kind, size in self.sent.items() if size}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(function)
-        if name.startswith(("c10d.", "_c10d_functional.")):
-            self.count(name, args)
-        return function(*args, **(kwargs or {}))
-
-    def count(self, name: str, args: Any) -> None:
-        tensor = args[0][0] if isinstance(args[0], list) else args[0]
-        bytes_ = tensor.numel() * tensor.element_size()
-        if "allgather" in name or "all_gather" in name:
-            ranks = args[1] if "functional" in name else args[0].numel() // args[1].numel()
-            self.sent["all_gather"] += (ranks - 1) * (bytes_ if "functional" in name else args[1].numel() * args[1].element_size())
-        elif "reduce_scatter" in name:
-            self.sent["reduce_scatter"] += args[1].numel() * args[1].element_size() - bytes_
-        elif "all_reduce" in name or "allreduce" in name:
-            group = dist.distributed_c10d._resolve_process_group(args[2]) if "functional" in name else dist.ProcessGroup.unbox(args[1])
-            self.sent["all_reduce"] += 2 * (group.size() - 1) * bytes_ // group.size()
-        elif "wait" not in name and "wrap" not in name and "barrier" not in name:
-            raise AssertionError(name)
 
 
 CASES: list[tuple[str, dict[str, int], int, dict[str, Any]]] = [

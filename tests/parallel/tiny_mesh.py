@@ -8,6 +8,7 @@ any layout and on any number of ranks, goes on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -28,6 +29,7 @@ import tiny_run
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from sent import Sent
 
 import lmforge
 from lmforge.adapter.nodes import Adapter
@@ -68,6 +70,7 @@ class Case:
     stop: int = -1
     changes: Mapping[str, Any] = field(default_factory=dict)  # keys of the option
     precision: Mapping[str, str] = field(default_factory=dict)  # dtypes of the recipe
+    counts: bool = False  # what is sent in a step goes to sent-RANK.json
     start: str = ""  # what several ranks open a part at a time: "scratch", "folder", or "lora" on what is in that; else `model`, whole
 
     @property
@@ -148,7 +151,10 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     optimizer = tiny_run.adamw(lr=3e-3, eps=1e-5, grad_clip=1.1)
     told = tiny_run.recipe(parallel=node, steps=case.steps, log_every=1, optimizer=optimizer, **case.precision)
     started, interrupted = time.monotonic(), False
-    unread = opened(case, folder) if case.start else None
+    unread, sent = opened(case, folder) if case.start else None, Sent()
+    watching = contextlib.ExitStack()
+    if case.counts:
+        watching.enter_context(sent.of_steps())
     try:
         if unread is None or world == 1:
             fit(told, CausalLM(read, SEQ_LEN), unread.read() if unread else model(case.family, case.vocabulary), context, functools.partial(_save, home))
@@ -157,6 +163,10 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
             fit(told, CausalLM(read, SEQ_LEN), unread.model, context, functools.partial(_save_in_turn, home), None, shares)
     except KeyboardInterrupt:
         interrupted = True
+    finally:
+        watching.close()
+    if case.counts:
+        (home / f"sent-{rank}.json").write_text(json.dumps({kind: size / (case.steps - 1) for kind, size in sent.bytes.items()}))
     assert interrupted == (case.stop > 0), case
     if rank == 0:
         with (home / "figures.jsonl").open("a") as file:
