@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lmforge.errors import CheckpointError, ConfigError
-from lmforge.model.construct import config_in, configured, not_loaded, quiet, skeleton
+from lmforge.model.construct import REFUSALS, config_in, configured, not_loaded, quiet, skeleton
 from lmforge.model.fetch import weight_files
 from lmforge.model.fresh import drawn
 from lmforge.model.parts import Unread
@@ -41,7 +41,7 @@ def from_folder(folder: Path, *, scores: bool = False) -> Unread | None:
         with quiet():
             model, bones = (skeleton(config, scores=scores) for _ in range(2))
             _generation(folder, model)
-    except ConfigError as error:
+    except (OSError, ConfigError, *REFUSALS) as error:
         raise not_loaded(folder, error) from error
     parts, report = stored(bones, folder, files)
     head: Any = getattr(model, "score", None) if scores else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -91,6 +92,8 @@ def write_file(path: Path, weights: dict[str, Tensor], bones: Any) -> dict[str, 
     on_disk: dict[str, Tensor] = revert_weight_conversion(bones, {name: weights.pop(name) for name in list(weights)})
     try:
         save_file({name: _own(value) for name, value in on_disk.items()}, path, metadata={"format": "pt"})
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # now, while ranks meet after every file: they do not wait long enough for all of a large folder
     except SafetensorError as error:
         raise CheckpointError(str(path.parent), f"cannot be written: {error}", "free some space, or give another folder") from error
     return {name: value.nbytes for name, value in on_disk.items()}

@@ -23,8 +23,9 @@ from lmforge.training import state
 from lmforge.training.fit import fit
 from lmforge.training.objectives.reward import BradleyTerry, pair_scores
 from lmforge.training.preflight import begins, preflight
-from lmforge.training.recipe import InShares, Recipe
+from lmforge.training.recipe import Recipe
 from lmforge.training.scoring import score
+from lmforge.training.shares import InShares
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -152,6 +153,7 @@ def recipe(stage: TrainingStage) -> Recipe:
         param_dtype=stage.precision.param_dtype,
         compute_dtype=stage.precision.compute_dtype,
         reduce_dtype=stage.precision.reduce_dtype,
+        buffer_dtype=stage.precision.buffer_dtype,
         loss_scale=stage.precision.loss_scale,
         parallel=stage.parallel,
         log_every=stage.log_every,

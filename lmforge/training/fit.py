@@ -27,7 +27,8 @@ from lmforge.training.lowering import lower
 from lmforge.training.module import TrainingModule
 from lmforge.training.objective import Objective
 from lmforge.training.order import StepData
-from lmforge.training.recipe import InShares, Recipe
+from lmforge.training.recipe import Recipe
+from lmforge.training.shares import InShares
 
 
 def fit(

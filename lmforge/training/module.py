@@ -20,7 +20,8 @@ from lmforge.training.meter import Meter
 from lmforge.training.objective import Figured, LossParts, Objective, OfLogits, Preparing, Resumable
 from lmforge.training.order import GlobalBatch
 from lmforge.training.randomness import seed_step
-from lmforge.training.recipe import InShares, Recipe
+from lmforge.training.recipe import Recipe
+from lmforge.training.shares import InShares
 from lmforge.training.signals import StopSignals, StopVote
 
 
@@ -57,7 +58,14 @@ class TrainingModule(LightningModule):
 
     def configure_model(self) -> None:
         if not self.spread:  # Lightning may ask again
-            self.model, self.spread = self.engine.spread(self.model, self.shares.parts if self.shares else None), True
+            self.model, self.spread = self.engine.spread(self.model, self._parts()), True
+
+    def _parts(self) -> Any:
+        """How weights are read, where the model comes without them; not those that a state brings."""
+        if self.shares is None or state.read_index(self.folder) is None:
+            return self.shares and self.shares.parts
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return {name: None if name in trained else part for name, part in self.shares.parts.items()}
 
     def configure_optimizers(self) -> list[Optimizer]:
         named = ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)

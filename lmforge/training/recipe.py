@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from lmforge.errors import RunError
 from lmforge.optimizer.nodes import Optimizer
 from lmforge.parallel.nodes import Parallel
-
-if TYPE_CHECKING:
-    import torch
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -28,6 +24,7 @@ class Recipe:
     param_dtype: Dtype  # weights, gradients and optimizer state
     compute_dtype: Dtype  # matrix products; autocast where it differs from param_dtype
     reduce_dtype: Dtype  # the sum of gradients over devices
+    buffer_dtype: Dtype  # rotary frequencies and the like
     loss_scale: float | None  # first scale of dynamic loss scaling (float16); None = no scaling
     parallel: Parallel  # how it is spread over devices, what is recomputed in backward, what is compiled
     log_every: int  # steps
@@ -40,11 +37,3 @@ class Recipe:
             raise RunError("precision.compute_dtype", f"{self.compute_dtype} compute on bfloat16 weights", "use bfloat16 for both")
         if self.loss_scale is not None and self.compute_dtype != "float16":
             raise RunError("precision.loss_scale", f"loss scaling is for float16, not for {self.compute_dtype}", "set it to null")
-
-
-@dataclass(frozen=True)
-class InShares:
-    """What `fit` is told besides where the model comes without memory, for ranks of a mesh that never hold all of it."""
-
-    parts: Mapping[str, Callable[[tuple[slice, ...]], torch.Tensor]]  # how a part of each weight is read
-    begins: Callable[[Any, torch.device], Any]  # a check of the laid-out model on its device, before the first step of a run; all ranks call it

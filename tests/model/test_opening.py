@@ -46,6 +46,14 @@ def refusals(folder: Path, **scores: bool) -> tuple[str, str]:
     return str(unread.value), str(whole.value)
 
 
+@pytest.mark.parametrize("text", ["{", '{"max_new_tokens": -3}'])
+def test_a_generation_config_that_is_none_is_a_line(text: str, tmp_path: Path, tokenizer_folder: Path) -> None:
+    folder = saved(CONFIGS[0], tmp_path / "model", tokenizer_folder, torch.float32)
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        opening.from_folder(folder)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("config", CONFIGS, ids=kinds)
 def test_a_folder_is_read_in_parts_as_it_is_whole(config: dict[str, Any], dtype: torch.dtype, tmp_path: Path, tokenizer_folder: Path) -> None:

@@ -231,7 +231,7 @@ def tiny_step(family: str, mesh: Mapping[str, int], micro_batches: int, **change
     options: Any = SimpleNamespace(**{key: change[key] for key in OPTIONS})
     model: Any = from_scratch(config, 0)
     parallel = SimpleNamespace(activation_checkpointing=change["checkpointing"], compile=False)
-    lower(model, SimpleNamespace(param_dtype="float32", parallel=parallel))  # type: ignore[arg-type]
+    lower(model, SimpleNamespace(param_dtype="float32", buffer_dtype="float32", parallel=parallel))  # type: ignore[arg-type]
     sent = Sent()
     with rank_of(0, mesh) as ranks:
         _, sharded = lay_out(model, ranks, options, told, torch.device("cpu"))

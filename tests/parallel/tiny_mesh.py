@@ -44,7 +44,7 @@ from lmforge.parallel.nodes import Parallel
 from lmforge.step import Context, Placement
 from lmforge.training.fit import fit
 from lmforge.training.objectives.causal_lm import CausalLM
-from lmforge.training.recipe import InShares
+from lmforge.training.shares import InShares
 from lmforge.verbs.list import tree
 
 STEPS, ROWS, SEQ_LEN = 50, 8, 16

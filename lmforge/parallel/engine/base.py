@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BACKEND = {"cpu": "gloo", "cuda": "nccl"}
 Batch = Mapping[str, Tensor]
 Part = Callable[[tuple[slice, ...]], Tensor]  # slices of all dimensions to those values of one weight on the CPU, in any dtype
-Parts = Mapping[str, Part]  # by the parameters' names in the whole model
+Parts = Mapping[str, Part | None]  # by the parameters' names in the whole model; None where a state brings it
 Read = Callable[[Mapping[str, Tensor]], dict[str, Any]]  # weights to fill, by name -> all that a state holds for this rank
 
 

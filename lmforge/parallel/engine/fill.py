@@ -16,7 +16,8 @@ from lmforge.parallel.engine.shares import share
 def fill(model: Any, parts: Parts, device: torch.device) -> None:
     """Give each parameter on the meta device memory on `device`, and of what `parts` reads the values that are this rank's; in place.
 
-    Values take the parameter's dtype. Shared parameters stay shared, real ones (an adapter's) and buffers are left as they are.
+    Where `parts` has None for a name, its values come later. Values take the parameter's dtype. Shared parameters stay shared, real ones (an adapter's)
+    and buffers are left as they are.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
@@ -30,10 +31,10 @@ def fill(model: Any, parts: Parts, device: torch.device) -> None:
             module._parameters[leaf] = real
 
 
-def _filled(parameter: Tensor, part: Part, device: torch.device) -> Tensor:
+def _filled(parameter: Tensor, part: Part | None, device: torch.device) -> Tensor:
     held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     made = torch.empty_like(held, device=device, requires_grad=False)
-    if made.numel():
+    if made.numel() and part is not None:
         made.copy_(part(share(parameter)))
     if not isinstance(parameter, DTensor):
         return made
