@@ -169,6 +169,7 @@ RELATIONS = [
             ("pretrain", "7b", "parallel=fsdp parallel.dp_shard=3", "dp_shard 3 = 3, and there are 8 devices", "parallel.dp_shard=8 or parallel.devices=3"),
             ("pretrain", "7b", "parallel=3d parallel.tp=3", "pp 2 x tp 3 = 6, and that does not divide 8", "parallel.tp=2 or parallel.devices=6"),
             ("pretrain", "7b", "parallel=tp parallel.devices=3", "intermediate_size 11008 is not divisible by tp 3", "parallel=fsdp"),
+            ("pretrain", "gpt3_175b", "parallel=3d", "nobody has tested how matrices of a gpt2 split", "parallel.tp=1 parallel.pp=1"),
             ("pretrain", "gpt3_175b", "parallel=tp", "nobody has tested how matrices of a gpt2 split", "parallel=fsdp"),
             ("pretrain", "nano", "parallel=pp", "4 layers are fewer than 8 stages", "parallel.pp=4"),
             ("pretrain", "nano", "parallel=fsdp_pp", "the head is the embedding", "model.tie_word_embeddings=false"),

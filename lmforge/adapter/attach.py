@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from lmforge.inference.saving import copy_tokenizer, whole_folder
 if TYPE_CHECKING:
     from lmforge.adapter.nodes import PromptTuning
 
+Reader = Callable[[Sequence[str]], Mapping[str, torch.Tensor]]
 SCORE = "score"  # transformers' name for the head of a sequence classifier
 
 
@@ -159,6 +160,24 @@ def merged(model: Any) -> Any:
         again = peft.get_peft_model(dense(model.unload()), config, autocast_adapter_dtype=False)
         peft.set_peft_model_state_dict(again, tensors)
     return again.merge_and_unload()
+
+
+def merged_in_turn(bones: Any, read: Reader) -> tuple[Any, Reader]:
+    """`merged` of LoRA on a base without memory: what is to be added is made when a weight is read."""
+    names = {parameter: name for name, parameter in bones.named_parameters()}
+    layers = {layer.get_base_layer().weight: layer for layer in _layers(bones)}
+    plain = bones.unload()
+    weights = dict(plain.named_parameters(remove_duplicate=False))
+
+    @torch.no_grad()
+    def merged(wanted: Sequence[str]) -> Mapping[str, torch.Tensor]:
+        found = read([names[weights[name]] for name in wanted])
+        if not found:
+            return {}
+        made = {name: found[names[weights[name]]] for name in wanted}
+        return {name: value + layers[weights[name]].get_delta_weight("default") if weights[name] in layers else value for name, value in made.items()}
+
+    return plain, merged
 
 
 def save(model: Any, tokenizer_folder: Path, out: Path, base: Path, quantized: dict[str, Any] | None) -> None:

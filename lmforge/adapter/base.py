@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,6 +31,11 @@ class Adapter(Node):
     def frozen_bytes(self, weights: Iterable[WeightLike], width: int) -> int:
         """Bytes of the weights that are not trained, `width` each where they are not quantized."""
         return sum(numel(one) for one in weights) * width
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether what it begins with is made of the base's values; where it is not, `attach` takes a base on the meta device too."""
+        return False
 
     @property
     def positions(self) -> int:
@@ -72,6 +77,15 @@ class Adapter(Node):
         from lmforge.adapter.attach import merged
 
         return merged(model)
+
+    def merged_in_turn(self, bones: Any, read: Callable[[Sequence[str]], Mapping[str, Any]]) -> tuple[Any, Callable[[Sequence[str]], Mapping[str, Any]]]:
+        """`merged` of an attached model whose base has no memory, its weights read by their names in it: the base, and a way to read what it becomes.
+
+        Where `read` gives nothing, as on other ranks than the first, that gives nothing too. Uses `bones` up.
+        """
+        from lmforge.adapter.attach import merged_in_turn
+
+        return merged_in_turn(bones, read)
 
 
 def numel(weight: WeightLike) -> int:

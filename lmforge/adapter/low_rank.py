@@ -29,6 +29,10 @@ class LowRank(Adapter):
     rslora: Annotated[bool, Key("scale by alpha / sqrt(r), so that larger ranks learn as fast (Kalajdzievski 2023)")]
 
     @property
+    def reads_base(self) -> bool:
+        return self.magnitude
+
+    @property
     def targets(self) -> tuple[str, ...]:
         """`target_modules` as a tuple."""
         return (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
@@ -75,6 +79,10 @@ class Lora(LowRank):
 
     init: Annotated[Literal["default", "pissa"], Key("B = 0 (default), or the largest singular directions of W taken out of it (PiSSA, Meng et al. 2024)")]
 
+    @property
+    def reads_base(self) -> bool:
+        return self.init == "pissa"
+
     def check(self, where: str) -> Iterator[Problem]:
         yield from super().check(where)
         if self.init == "pissa" and self.dropout:
@@ -109,6 +117,10 @@ class Qlora(LowRank):
 
     quant_type: Annotated[Literal["nf4", "fp4"], Key("4-bit grid: nf4 has as many weights of a normal distribution in every step")]
     double_quant: Annotated[bool, Key("the scales are quantized too: 0.37 bits a weight less")]
+
+    @property
+    def reads_base(self) -> bool:
+        return True
 
     @property
     def four_bit(self) -> dict[str, Any]:

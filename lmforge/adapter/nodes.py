@@ -60,6 +60,10 @@ class PromptTuning(Adapter):
             yield Problem(f"{where}.init_text", "is empty", f"type some words, or {where}.init_text=null")
 
     @property
+    def reads_base(self) -> bool:
+        return self.init_text is not None or self.init == "vocabulary"
+
+    @property
     def positions(self) -> int:
         return self.virtual_tokens
 

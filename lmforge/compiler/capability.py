@@ -124,7 +124,7 @@ def _tensor(config: Mapping[str, Any], parallel: Mesh, mesh: Mapping[str, int], 
     shape, plan = sizes(config), splits(config)
     if not plan:
         what = f"nobody has tested how matrices of a {config.get('model_type')} split"
-        yield Problem(f"{where}.parallel.tp", what, f"type {resized(parallel, {'tp': 1})}")
+        yield Problem(f"{where}.parallel.tp", what, f"type {resized(parallel, {'tp': 1, **({'pp': 1} if mesh['pp'] > 1 else {})})}")
         return
     heads = "column" in {style for name, style in plan.items() if name.endswith("q_proj")}
     counted = {"num_attention_heads": shape.num_attention_heads, "num_key_value_heads": shape.num_key_value_heads} if heads else {}
@@ -143,6 +143,8 @@ def _pipeline(stage: TrainingStage, config: Mapping[str, Any], mesh: Mapping[str
         return
     shape, without = sizes(config), resized(parallel, {"pp": 1})
     if not splits(config):
+        if mesh["tp"] > 1:  # said of that axis
+            return
         yield Problem(f"{where}.parallel.pp", f"nobody has tested how a {config.get('model_type')} is cut into stages", f"type {without}")
         return
     few, tied = shape.num_hidden_layers < pp, shape.tie_word_embeddings

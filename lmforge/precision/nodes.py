@@ -27,6 +27,7 @@ class Precision(Node):
     param_dtype: Annotated[Literal["float32", "bfloat16"], Key("dtype that weights and gradients are kept in")]
     compute_dtype: Annotated[Dtype, Key("dtype of matrix products; autocast where it is not param_dtype")]
     reduce_dtype: Annotated[Dtype, Key("dtype in which devices sum their gradients")]
+    buffer_dtype: Annotated[Literal["float32", "bfloat16"], Key("dtype of what is neither trained nor a product, such as rotary frequencies")]
     loss_scale: Annotated[float | None, Key("first value of the dynamic loss scale, a power of two; set with float16 and only then", ge=1)]
 
     @property

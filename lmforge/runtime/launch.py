@@ -223,3 +223,5 @@ class Crew:
             self.away.kill()
         for rank in self.here:
             rank.kill()
+            if rank.number not in self.ended and (outcome := rank.poll()) and outcome.word:  # it had said why, and was slow to end
+                self.ended[rank.number] = outcome

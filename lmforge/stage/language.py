@@ -15,6 +15,7 @@ from lmforge.step import Context
 class Pretrain(TrainingStage):
     """Next-token prediction on packed documents with a document mask (Radford et al. 2019); from scratch, or on from a pretrained stage."""
 
+    code_revision = 2  # fresh weights are drawn each by its name
     consumes = ("tokenizer", "tokens:text")
     follows = ("pretrain",)
     model: Annotated[Model, Key("the architecture", identity=False)]

@@ -12,6 +12,7 @@ from lmforge.model import build
 from lmforge.stage.reinforcement import Grpo, Ppo, Reinforcement
 from lmforge.stage.train import recipe, save, starting_weights
 from lmforge.step import Context
+from lmforge.training import state
 from lmforge.training.fit import fit
 from lmforge.training.objective import Objective
 from lmforge.training.preflight import preflight
@@ -34,6 +35,7 @@ def train(stage: Reinforcement, context: Context) -> dict[str, Any]:
     tokens, told = context.inputs["tokens:prompt"], recipe(stage)
     scorer, sampling = stage.reward.open(context.inputs), Sampling(stage.max_new_tokens, stage.temperature)
     rollouts, heldout = (Rollouts(tokens, split, scorer, sampling) for split in ("train", "heldout"))
+    state.check(context.folder / "state", context.placement.devices)
     policy: Any = starting_weights(stage, context)
     start = _reference(stage, context, told)
     practice = Practice(_schedule(stage, told), rollouts, stage.missing_eos_penalty, context.report, stage.sample_every)

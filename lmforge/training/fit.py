@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import warnings
@@ -27,9 +28,18 @@ from lmforge.training.module import TrainingModule
 from lmforge.training.objective import Objective
 from lmforge.training.order import StepData
 from lmforge.training.recipe import Recipe
+from lmforge.training.shares import InShares
 
 
-def fit(recipe: Recipe, objective: Objective, model: Any, context: Context, save: Callable[[Any], None], tokenizer: Path | None = None) -> dict[str, Any]:
+def fit(
+    recipe: Recipe,
+    objective: Objective,
+    model: Any,
+    context: Context,
+    save: Callable[..., None],
+    tokenizer: Path | None = None,
+    shares: InShares | None = None,
+) -> dict[str, Any]:
     """Train `model` (a transformers model) in place, from the state in `context.folder / "state"` where there is one.
 
     Calls `save(model)` once on rank 0 when all steps are done, and returns the last interval's metrics with `steps`, `tokens`, `train_s`, `measured`.
@@ -37,6 +47,7 @@ def fit(recipe: Recipe, objective: Objective, model: Any, context: Context, save
     no more, for then all is done (the state is written first, should the time not be enough for that). RunError where the loss is not finite or the state
     cannot be written; CheckpointError where the state cannot be read. The state is left there: it is for the caller to remove, when its step is done. With the
     model's `tokenizer` folder a state can be exported before that.
+    A `model` without memory comes with its `shares`; then `save(bones, read)` is called, on all ranks, with that model and a way to read its weights by name.
     """
     world = context.placement.devices
     mesh = context.placement.mesh or ONE
@@ -55,7 +66,7 @@ def fit(recipe: Recipe, objective: Objective, model: Any, context: Context, save
         rank=ranks.data_rank,
         world=ranks.data_degree,
     )
-    module = TrainingModule(recipe, objective, model, context.report, folder, tokenizer, data.taken)
+    module = TrainingModule(recipe, objective, model, context.report, folder, tokenizer, data.taken, shares)
     loader = DataLoader(data, batch_size=None, sampler=steps, num_workers=recipe.parallel.data_workers, pin_memory=torch.cuda.is_available())
     try:
         with _quiet():
@@ -65,8 +76,9 @@ def fit(recipe: Recipe, objective: Objective, model: Any, context: Context, save
                 raise KeyboardInterrupt
             raise RuntimeError(f"Lightning ended after step {module.done} of {recipe.steps}")
         measured = module.gauge.result()  # before the weights are gathered, which no step does
-        trained = module.engine.whole(module.model)
-        if module.trainer.is_global_zero:
+        if shares is not None:
+            save(module.engine.skeleton, functools.partial(module.engine.some, module.model))
+        elif (trained := module.engine.whole(module.model)) is not None:
             save(trained)
         if dist.is_initialized():
             dist.barrier()  # nobody reads what `save` writes before it is there

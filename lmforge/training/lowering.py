@@ -24,12 +24,18 @@ KEPT = {
 
 def lower(model: Any, recipe: Recipe) -> None:
     """Turn on what the recipe asks for, in place, on a transformers model, or on a module whose `transformers()` are several."""
+    buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items() if buffer is not None]
     model.to(getattr(torch, recipe.param_dtype))
+    for module, name, buffer in buffers:  # from what they were: rotary frequencies that went through bfloat16 are others
+        module._buffers[name] = buffer.to(getattr(torch, recipe.buffer_dtype)) if buffer.is_floating_point() else buffer
     for one in model.transformers() if hasattr(model, "transformers") else [model]:
         _lower(one, recipe)
 
 
 def _lower(model: Any, recipe: Recipe) -> None:
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":  # autocast passes it by: it would compute in what a norm hands it, which is float32
+            module.compute_dtype, module.compute_type_is_set = getattr(torch, recipe.compute_dtype), True
     if recipe.parallel.activation_checkpointing != "none":
         options: dict[str, Any] = {"use_reentrant": False}
         if recipe.parallel.activation_checkpointing == "selective":

@@ -22,6 +22,7 @@ from lmforge.training.objective import Figured, LossParts, Objective, OfLogits, 
 from lmforge.training.order import GlobalBatch
 from lmforge.training.randomness import seed_step
 from lmforge.training.recipe import Recipe
+from lmforge.training.shares import InShares
 from lmforge.training.signals import StopSignals, StopVote
 
 
@@ -29,18 +30,18 @@ class TrainingModule(LightningModule):
     """Gradients of sum(loss) / sum(weight) over all micro-batches and ranks; the host waits for the device at log intervals only
     (and in each step where it must know: of an overflow under loss scaling, of a step to skip where some may be, and that another rank is to stop).
 
-    `folder` is where a state may lie and the next one goes, `tokenizer` the one that belongs to the model, `taken` the rows of a step. `last` holds the
-    metrics of the last interval.
+    `folder` is where a state may lie and the next one goes, `tokenizer` the one that belongs to the model, `taken` the rows of a step, `shares` what else
+    comes with a model that no rank holds whole. `last` holds the metrics of the last interval.
     """
 
     def __init__(
         self, recipe: Recipe, objective: Objective, model: nn.Module, report: Report, folder: Path, tokenizer: Path | None,
-        taken: Callable[[int], Iterable[int]],
+        taken: Callable[[int], Iterable[int]], shares: InShares | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
         self.recipe, self.objective, self.model, self.report = recipe, objective, model, report
-        self.folder, self.tokenizer, self.taken = folder, tokenizer, taken
+        self.folder, self.tokenizer, self.taken, self.shares = folder, tokenizer, taken, shares
         self.saver = state.Saver(folder, background=True)
         optimizer = recipe.optimizer
         self.guard = Guard(optimizer.skip_sigma, optimizer.skip_window, optimizer.max_skips)
@@ -58,7 +59,14 @@ class TrainingModule(LightningModule):
 
     def configure_model(self) -> None:
         if not self.spread:  # Lightning may ask again
-            self.model, self.spread = self.engine.spread(self.model), True
+            self.model, self.spread = self.engine.spread(self.model, self._parts()), True
+
+    def _parts(self) -> Any:
+        """How weights are read, where the model comes without them; not those that a state brings."""
+        if self.shares is None or state.read_index(self.folder) is None:
+            return self.shares and self.shares.parts
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return {name: None if name in trained else part for name, part in self.shares.parts.items()}
 
     def configure_optimizers(self) -> list[Optimizer]:
         named = ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
@@ -82,6 +90,9 @@ class TrainingModule(LightningModule):
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=self.recipe.loss_scale or 1.0, enabled=enabled)
         if (saved := state.open_state(self.folder)) is not None:
             self._restore(saved)
+        elif self.shares is not None:
+            with torch.no_grad(), self.autocast():
+                self.shares.begins(self.model, self.device)
         self.signals.install()  # Lightning puts these back when it is through, for the saving of the trained weights
 
     def on_train_start(self) -> None:

@@ -24,6 +24,7 @@ class Recipe:
     param_dtype: Dtype  # weights, gradients and optimizer state
     compute_dtype: Dtype  # matrix products; autocast where it differs from param_dtype
     reduce_dtype: Dtype  # the sum of gradients over devices
+    buffer_dtype: Dtype  # rotary frequencies and the like
     loss_scale: float | None  # first scale of dynamic loss scaling (float16); None = no scaling
     parallel: Parallel  # how it is spread over devices, what is recomputed in backward, what is compiled
     log_every: int  # steps

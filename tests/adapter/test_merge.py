@@ -15,7 +15,8 @@ from lmforge.adapter.nodes import Merge
 from lmforge.errors import CheckpointError
 from lmforge.inference.checkpoint import open_model, open_tokenizer
 from lmforge.inference.forward import logits
-from lmforge.model import build
+from lmforge.model import build, opening
+from lmforge.model.parts import replace
 from lmforge.step import Context
 from tests.adapter import tiny
 
@@ -51,6 +52,22 @@ def test_merged_is_unmerged(base: Path, tokenizer: Path, tmp_path: Path, name: s
     assert (says(build.from_folder(out).eval()) - expected).abs().max() < 2e-5  # no tensor missing or left over
     assert sorted(path.name for path in (tmp_path / "step").iterdir()) == ["checkpoint"]
     assert not (out / "base.json").exists()
+
+
+@pytest.mark.parametrize("config", [{**config, **tiny.IDS} for config in tiny.FAMILIES], ids=lambda config: config["model_type"])
+def test_a_base_without_memory_is_merged_a_weight_at_a_time(config: dict[str, Any]) -> None:
+    node = tiny.adapter("lora", r=4)
+    whole = tiny.learn(node.attach(build.from_scratch(config, 0), 1))
+    bones = opening.from_scratch(config, 0).under(lambda base: node.attach(base, 1)).model
+    learned = {name: value.detach().clone() for name, value in whole.named_parameters()}
+    replace(bones, {one: torch.nn.Parameter(learned[name]) for name, one in bones.named_parameters() if one.requires_grad})
+    plain, read = node.merged_in_turn(bones, lambda names: {name: learned[name] for name in names})
+    merged = dict(node.merged(whole).named_parameters(remove_duplicate=False))
+    assert dict(plain.named_parameters(remove_duplicate=False)).keys() == merged.keys()
+    assert plain.state_dict().keys() <= merged.keys()
+    assert all(torch.equal(read([name])[name], value) for name, value in merged.items())
+    _, nothing = node.merged_in_turn(opening.from_scratch(config, 0).under(lambda base: node.attach(base, 1)).model, lambda names: {})
+    assert nothing(list(merged)) == {}
 
 
 def test_weights_are_pefts_merge(base: Path, tokenizer: Path, tmp_path: Path) -> None:

@@ -151,9 +151,7 @@ def test_a_prompt_that_one_source_holds_out_is_trained_on_from_none(
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"Q{index}"} | answers) + "\n" for index in range(60)))
         sources[name] = plain("text", path=str(tmp_path / f"{name}.jsonl"), heldout_fraction=fraction)
     out = run(data("mixture", sources=sources, weights={"a": 1, "b": 1}, max_epochs=1.0))
-    prompts = {
-        split: {row["messages"][0]["content"] if view == "chat" else row["prompt"] for row in corpus.read(out, view, split)} for split in corpus.SPLITS
-    }
+    prompts = {split: {row["messages"][0]["content"] if view == "chat" else row["prompt"] for row in corpus.read(out, view, split)} for split in corpus.SPLITS}
     assert len(prompts["heldout"]) > 20
     assert not prompts["heldout"] & prompts["train"]
     assert corpus.account(out).views[view].dropped["held_out_by_a_source"] > 10

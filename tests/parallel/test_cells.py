@@ -1,4 +1,4 @@
-"""Every combination that `list parallel` says yes to runs on two ranks, and gives the figures of one process."""
+"""Every combination that `list parallel` says yes to runs on two ranks, in the precision asked for, and gives the figures of one process."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from combinations import COMBINED
 
 from lmforge.compiler.capability import refused, table
 from tests.runtime.conftest import corpus  # noqa: F401  # a fixture
@@ -34,12 +36,14 @@ def overrides(kind: str, value: str) -> str:
         return f"stage=[pretrain,{value}] stage.pretrain.budget.steps=4 {steps(value)}" + (RL.format(name=value) if value in ("ppo", "grpo") else "")
     if kind == "adapter":
         return f"stage=[pretrain,sft] stage.pretrain.budget.steps=4 adapter={value} {steps('sft')}"
-    more = {"precision": PRECISION.get(value, ""), "optimizer": f"optimizer={value}"}.get(kind, "")
+    more = {"precision": PRECISION.get(value, ""), "optimizer": f"optimizer={value}", "guard": "optimizer.max_skips=2"}.get(kind, "")
     return f"stage=pretrain {steps('pretrain')} {more}"
 
 
 def cells() -> Iterator[tuple[str, str, str]]:
-    """(name, option of parallel, overrides) of each yes."""
+    """(name, option of parallel, overrides) of each yes, and of combinations of several."""
+    for stage, option, more in COMBINED:
+        yield f"{stage} {more}", f"parallel={option}", f"{TINY} {overrides('stage', stage)} {more}"
     for row in list(table())[1:]:
         kind, _, value = row[0].partition("=")
         for way, option in OPTION.items():
@@ -55,6 +59,20 @@ def apart(name: str) -> float:
     return 1e-3 if "muon" in name or "8bit" in name or "grpo" in name else 1e-5
 
 
+def dtypes(option: str, words: str) -> tuple[list[str], list[str]]:
+    """Of the matrix products, and of what ranks sum: gradients (of linear layers alone, under ZeRO, in less than float32), and under tensor parallel
+    activations: of products, and of the embedding, in the dtype of its weights. Stages of a pipeline sum nothing.
+    """
+    compute = "bfloat16" if "=bf16" in words else "float16" if "=fp16" in words else "float32"
+    weights, reduce = ("bfloat16" if f"{key}=bfloat16" in words else "float32" for key in ("param_dtype", "reduce_dtype"))
+    sums = {"pp": set(), "tp": {compute, weights}, "deepspeed": {reduce, "float32"}}
+    return [compute], sorted(next((dtypes for way, dtypes in sums.items() if f"={way}" in option), {reduce}))
+
+
+def rows(file: Path) -> dict[str, Any]:
+    return {f"{row['cell']}|{row['parallel']}": row for row in map(json.loads, file.read_text().splitlines())}
+
+
 @pytest.mark.timeout(900)
 def test_every_yes_runs_and_gives_the_figures_of_one_process(corpus: Path, tmp_path: Path) -> None:  # noqa: F811
     pytest.importorskip("deepspeed")
@@ -66,9 +84,11 @@ def test_every_yes_runs_and_gives_the_figures_of_one_process(corpus: Path, tmp_p
     assert alone.returncode == 0, alone.stderr[-3000:]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT), "many", str(tmp_path)]
     done = subprocess.run(launch, env=env, capture_output=True, text=True)
-    found = {f"{row['cell']}|{row['parallel']}": row["apart"] for row in (json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"cell"'))}
-    assert done.returncode == 0, f"after {list(found)[-1:]}: {done.stderr[-4000:]}"
-    assert found.keys() == wanted.keys()
-    worst = {name: (figures["loss"], figures["grad_norm"]) for name, figures in found.items()}
-    wrong = {name: both for name, both in worst.items() if max(both) > apart(name)}
-    assert wrong == {}
+    assert done.returncode == 0, done.stderr[-6000:]
+    found, others = (rows(tmp_path / f"found-{rank}.jsonl") for rank in (0, 1))
+    assert found.keys() == others.keys() == wanted.keys()
+    worst = {name: (row["apart"]["loss"], row["apart"]["grad_norm"]) for name, row in found.items()}
+    assert {name: both for name, both in worst.items() if max(both) > apart(name)} == {}
+    told = {f"{name}|{option}": dtypes(option, words) for name, option, words in cells() if "precision" in words}
+    for seen in (found, others):
+        assert {name: (seen[name]["products"], seen[name]["sums"]) for name in told} == told

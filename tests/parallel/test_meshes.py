@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 import tiny_mesh
 from safetensors.torch import load_file
 from tiny_mesh import TOLERANCE, Case, apart, figures
+
+from lmforge.model.weights import sizes, splits, weights
+from lmforge.parallel import traffic
+from lmforge.parallel.layout import ONE
+from lmforge.parallel.shards import Cut
+from lmforge.parallel.traffic import Moved
 
 pytestmark = pytest.mark.timeout(1500)  # the first test waits for all runs
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
@@ -31,6 +38,19 @@ SHORT = [
     Case("pp-gpipe", "pp", steps=10, changes={"pp_schedule": "gpipe", "activation_checkpointing": "full"}),
     Case("deepspeed_zero3-recomputing", "deepspeed_zero3", steps=10, changes={"activation_checkpointing": "full"}),
 ]
+# What ranks open a part at a time: drawn, or of bfloat16 files; with a shared embedding; cut unevenly (97); under an adapter.
+OPENED = [
+    Case(f"{start}-{layout}-{family}", layout, family, 97, 10, start=start, changes=changes)
+    for start, layout, family, changes in (
+        ("scratch", "fsdp", "llama", {}), ("scratch", "tp", "qwen3", {}), ("scratch", "pp", "llama", {}), ("folder", "fsdp", "qwen3", {"cpu_offload": True}),
+        ("folder", "tp", "qwen2", {}), ("folder", "pp", "llama", {}), ("lora", "fsdp", "llama", {}),
+    )
+]  # fmt: skip
+OPENED_BY_4 = [
+    Case("folder-fsdp_tp-qwen3", "fsdp_tp", "qwen3", 97, 10, start="folder"),
+    Case("scratch-fsdp_pp", "fsdp_pp", vocabulary=97, steps=10, start="scratch", counts=True),
+    Case("scratch-fsdp_pp-kept", "fsdp_pp", vocabulary=97, steps=10, start="scratch", changes={"reshard_after_forward": False}, counts=True),
+]
 COMPUTE, REDUCE = {"compute_dtype": "bfloat16"}, {"reduce_dtype": "bfloat16"}
 # The sums first: once DeepSpeed has been told of autocast in a process, it takes their dtype from there.
 LOW = [Case(f"{layout}-bf16-sums", layout, steps=10, precision=REDUCE) for layout in ("ddp", "fsdp", "deepspeed_zero1", "deepspeed_zero3")]
@@ -48,15 +68,16 @@ FOUR = legs("fewer-and-fewer", fsdp=12, fsdp_tp=24)
 TWO = [
     *legs("fewer-and-fewer", hsdp=36),
     *legs("through-all", fsdp=14, tp=20, pp=27, fsdp_zero2=35, ddp=42),
+    *(Case("opened-in-parts", layout, vocabulary=97, steps=10, stop=stop, start="scratch") for layout, stop in (("fsdp", 3), ("tp", 6), ("pp", -1))),
     *legs("through-deepspeed", pp=8, deepspeed_zero3=16, fsdp=24, deepspeed_zero1=32, tp=40, deepspeed_zero2=-1),
 ]
 ENDED = legs("through-all", single=-1) + legs("fewer-and-fewer", single=-1)
-CHAINS = {"through-all": 7, "fewer-and-fewer": 4, "through-deepspeed": 6}
+CHAINS = {"opened-in-parts": 3, "through-all": 7, "fewer-and-fewer": 4, "through-deepspeed": 6}
 
 
 def reference(case: Case) -> Case:
     """The same run on one rank, undisturbed."""
-    return Case(f"one-{case.family}-{case.vocabulary}-{case.steps}", "single", case.family, case.vocabulary, case.steps)
+    return Case(f"one-{case.family}-{case.vocabulary}-{case.steps}{case.start}", "single", case.family, case.vocabulary, case.steps, start=case.start)
 
 
 def ours(cases: list[Case]) -> list[Case]:
@@ -68,11 +89,11 @@ def ours(cases: list[Case]) -> list[Case]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs, done."""
     folder = tmp_path_factory.mktemp("meshes")
-    references = {case.name: case for case in map(reference, [case for case, _ in WHOLE] + SHORT)}
+    references = {case.name: case for case in map(reference, [case for case, _ in WHOLE] + SHORT + OPENED + OPENED_BY_4)}
     for case in [*references.values(), *BEGUN]:
         tiny_mesh.run(case, folder)
-    tiny_mesh.launch(folder, [*(case for case, ranks in WHOLE if ranks == 4), *FOUR], 4)
-    tiny_mesh.launch(folder, ours([*(case for case, ranks in WHOLE if ranks == 2), *SHORT, *TWO, *LOW]), 2)
+    tiny_mesh.launch(folder, [*(case for case, ranks in WHOLE if ranks == 4), *FOUR, *OPENED_BY_4], 4)
+    tiny_mesh.launch(folder, ours([*(case for case, ranks in WHOLE if ranks == 2), *SHORT, *OPENED, *TWO, *LOW]), 2)
     for case in ENDED:
         tiny_mesh.run(case, folder)
     return folder
@@ -93,6 +114,23 @@ def test_every_layout_gives_the_figures_of_one_rank(folder: Path, case: Case) ->
 @pytest.mark.parametrize("case", SHORT, ids=lambda case: case.name)
 def test_so_do_other_families_and_keys(folder: Path, case: Case) -> None:
     close(folder, case)
+
+
+@pytest.mark.parametrize("case", OPENED + OPENED_BY_4, ids=lambda case: case.name)
+def test_ranks_that_open_their_part_alone_give_the_figures_of_one_that_opens_all(folder: Path, case: Case) -> None:
+    close(folder, case)
+
+
+@pytest.mark.parametrize("case", [case for case in OPENED_BY_4 if case.counts], ids=lambda case: case.name)
+def test_a_sharded_pipeline_sends_what_the_plan_says(folder: Path, case: Case) -> None:
+    """Gradients of every micro-batch go to their owners at once; `test_scale` counts the layouts that one process can play."""
+    mesh = ONE | {"pp": 2, "dp_shard": 2}
+    parts, reshards = weights(case.config), case.changes.get("reshard_after_forward", True)
+    moved = Moved(parts, (), 4, tiny_mesh.SEQ_LEN, sizes(case.config).hidden_size, False, 4, 4, 4)  # 8 rows = 2 ranks x 4 micro-batches of one row
+    said = traffic.mesh(Cut(mesh, splits(case.config), sizes(case.config).num_hidden_layers), moved, reshards=reshards)
+    found = [json.loads((folder / case.name / f"sent-{rank}.json").read_text()) for rank in range(4)]
+    sent = max(found, key=lambda one: one["all_gather"] + one["reduce_scatter"] + one["send"])
+    assert {kind: sent[kind] for kind in said} == said
 
 
 @pytest.mark.parametrize("case", LOW, ids=lambda case: case.name)

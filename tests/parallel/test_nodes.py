@@ -130,7 +130,7 @@ OTHER = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_no_key_is_inert(name: str) -> None:
-    """That a run reads data_workers, max_restarts, grace_s and timeout_s is tests/test_keys.py's to see."""
+    """That a run reads data_workers, max_restarts, grace_s and timeout_s is tests/keys's to see."""
     values = tree(CATALOG, "parallel", name)
     for key, value in values.items():
         no_pipeline = key == "pp_schedule" and values["pp"] == 1

@@ -7,9 +7,11 @@ fullest rank's bytes are the plan's. Tiny models run a real step there, and what
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,17 +19,21 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from sent import Sent
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmforge.compiler.emit import emit
 from lmforge.errors import PlanError
+from lmforge.model import opening
 from lmforge.model.build import from_scratch, on_meta
 from lmforge.model.weights import sizes, splits, weights
 from lmforge.optimizer.nodes import AdamW
+from lmforge.parallel.engine.base import changing
+from lmforge.parallel.engine.fill import fill
 from lmforge.parallel.engine.mesh import by_mesh, lay_out
 from lmforge.parallel.layout import AXES, ONE, Spread, coordinate
 from lmforge.parallel.shards import Cut
@@ -36,6 +42,7 @@ from lmforge.parallel.traffic import mesh as mesh_traffic
 from lmforge.plan import Plan, Step
 from lmforge.stage.train import recipe
 from lmforge.training.lowering import lower
+from lmforge.training.state.storage import Planner as StatePlanner
 
 PlanOf = Callable[..., Plan]
 BATCH = "stage.pretrain.optimizer.global_batch_tokens=4194304"
@@ -56,6 +63,7 @@ OPTIONS = {"pp_schedule": "1f1b", "reshard_after_forward": True, "prefetch": 0, 
 def rank_of(rank: int, mesh: Mapping[str, int]) -> Iterator[DeviceMesh]:
     """This process as one rank of a mesh that has no others."""
     world = torch.Size(mesh.values()).numel()
+    _clear_sharding_prop_cache()  # it remembers meshes: a DTensor would be given an equal one, in which this process is another rank
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         yield init_device_mesh("cpu", tuple(mesh.values()), mesh_dim_names=tuple(mesh))
@@ -156,6 +164,65 @@ def test_ranks_of_small_models_hold_uneven_parts(family: str, axes: dict[str, in
     assert total <= fullest * torch.Size(mesh.values()).numel()
 
 
+@pytest.mark.parametrize("axes", [{"pp": 2, "dp_shard": 3, "tp": 2}, {"dp_replicate": 2, "dp_shard": 7}, {"dp_shard": 3, "tp": 4}])
+@pytest.mark.parametrize("family", ["llama", "olmo2", "qwen2", "qwen3"])
+def test_ranks_read_the_parts_that_make_the_whole(family: str, axes: dict[str, int]) -> None:
+    """Every rank fills what it holds, and never has more than that and one tensor; put together it is the model that one rank opens."""
+    config, mesh = {**TINY, "num_key_value_heads": 4, "model_type": family, "tie_word_embeddings": False}, ONE | axes
+    options: Any = SimpleNamespace(**OPTIONS)
+    whole = {name: parameter.detach() for name, parameter in from_scratch(config, 0).named_parameters()}
+    found = {name: torch.full_like(value, torch.nan) for name, value in whole.items()}
+    largest, total = (function(value.nbytes for value in whole.values()) for function in (max, sum))
+    for rank in range(torch.Size(mesh.values()).numel()):
+        unread, model, peak = opening.from_scratch(config, 0), None, 0
+
+        def watched(name: str, slices: tuple[slice, ...]) -> Tensor:
+            nonlocal peak
+            value = unread.parts[name](slices)  # noqa: B023  # called within this turn
+            found[name][slices] = value
+            peak = max(peak, real(unread.model) + value.nbytes)  # noqa: B023
+            return value
+
+        with rank_of(rank, mesh) as ranks:
+            model = unread.model
+            assert real(model) == 0
+            lay_out(model, ranks, options, Spread("cpu", mesh, "float32", "float32", None, 1, 1, splits(config)), torch.device("cpu"))
+            assert real(model) == 0
+            fill(model, {name: partial(watched, name) for name in whole}, torch.device("cpu"))
+            assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+            assert size(model) <= peak <= size(model) + largest < total
+    assert all(torch.equal(found[name], value) for name, value in whole.items())
+
+
+def real(model: nn.Module) -> int:
+    """Bytes of its parameters that have memory on this rank."""
+    return sum(local(parameter).nbytes for parameter in model.parameters() if parameter.device.type != "meta")
+
+
+@pytest.mark.parametrize("axes", [{"dp_shard": 3, "tp": 2}, {"dp_shard": 4, "tp": 2}, {"dp_replicate": 2, "dp_shard": 2, "tp": 2}, {"pp": 3, "dp_shard": 2}])
+def test_a_state_has_every_number_once_where_its_rank_holds_it(axes: dict[str, int]) -> None:
+    """97 words over 2, and each half over 3 or 4: torch's own offsets are a row off there."""
+    config, mesh = {**TINY, "model_type": "llama"}, ONE | axes
+    options: Any = SimpleNamespace(**OPTIONS)
+    found: dict[str, Counter[tuple[int, ...]]] = {}
+    for rank in range(torch.Size(mesh.values()).numel()):
+        model: Any = on_meta(config)
+        with rank_of(rank, mesh) as ranks:
+            lay_out(model, ranks, options, Spread("cpu", mesh, "float32", "float32", None, 1, 1, splits(config)), torch.device("cpu"))
+            planner = StatePlanner({}, changing(model))  # type: ignore[arg-type]
+            planner.is_coordinator = rank == 0
+            for item in planner.create_local_plan().items:
+                assert item.tensor_data is not None
+                chunk = item.tensor_data.chunk
+                assert chunk.sizes == local(planner.tensors[item.index.fqn]).shape, (rank, item.index.fqn)
+                cells = itertools.product(*(range(begin, begin + size) for begin, size in zip(chunk.offsets, chunk.sizes, strict=True)))
+                found.setdefault(item.index.fqn, Counter()).update(cells)
+    copies = mesh["dp_replicate"]
+    for name, parameter in on_meta(config).named_parameters():
+        assert len(found[name]) == parameter.numel(), name
+        assert max(found[name].values()) <= copies * mesh["dp_shard"] * mesh["tp"], name
+
+
 def tiny_step(family: str, mesh: Mapping[str, int], micro_batches: int, **change: Any) -> tuple[Traffic, Traffic, nn.Module, int]:
     """One step of a tiny model as rank 0: bytes sent as torch's collectives say, bytes sent as the plan would say, the model, and its optimizer's bytes."""
     config, tokens = {**TINY, "model_type": family}, 16
@@ -164,7 +231,7 @@ def tiny_step(family: str, mesh: Mapping[str, int], micro_batches: int, **change
     options: Any = SimpleNamespace(**{key: change[key] for key in OPTIONS})
     model: Any = from_scratch(config, 0)
     parallel = SimpleNamespace(activation_checkpointing=change["checkpointing"], compile=False)
-    lower(model, SimpleNamespace(param_dtype="float32", parallel=parallel))  # type: ignore[arg-type]
+    lower(model, SimpleNamespace(param_dtype="float32", buffer_dtype="float32", parallel=parallel))  # type: ignore[arg-type]
     sent = Sent()
     with rank_of(0, mesh) as ranks:
         _, sharded = lay_out(model, ranks, options, told, torch.device("cpu"))
@@ -181,38 +248,6 @@ def tiny_step(family: str, mesh: Mapping[str, int], micro_batches: int, **change
     compute, reduce = (getattr(torch, change[key]).itemsize for key in ("compute", "reduce"))
     moved = Moved(weights(config), (), micro_batches, tokens, 32, change["checkpointing"] != "none", 4, compute, reduce)
     return sent.bytes, by_kind(mesh_traffic(Cut(mesh, splits(config), 3), moved, reshards=change["reshard_after_forward"])), model, states
-
-
-class Sent(TorchDispatchMode):
-    """Bytes a rank sends where rings run the collectives that torch issues."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent: Counter[str] = Counter()
-
-    @property
-    def bytes(self) -> Traffic:
-        return {kind: size for kind, size in self.sent.items() if size}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(function)
-        if name.startswith(("c10d.", "_c10d_functional.")):
-            self.count(name, args)
-        return function(*args, **(kwargs or {}))
-
-    def count(self, name: str, args: Any) -> None:
-        tensor = args[0][0] if isinstance(args[0], list) else args[0]
-        bytes_ = tensor.numel() * tensor.element_size()
-        if "allgather" in name or "all_gather" in name:
-            ranks = args[1] if "functional" in name else args[0].numel() // args[1].numel()
-            self.sent["all_gather"] += (ranks - 1) * (bytes_ if "functional" in name else args[1].numel() * args[1].element_size())
-        elif "reduce_scatter" in name:
-            self.sent["reduce_scatter"] += args[1].numel() * args[1].element_size() - bytes_
-        elif "all_reduce" in name or "allreduce" in name:
-            group = dist.distributed_c10d._resolve_process_group(args[2]) if "functional" in name else dist.ProcessGroup.unbox(args[1])
-            self.sent["all_reduce"] += 2 * (group.size() - 1) * bytes_ // group.size()
-        elif "wait" not in name and "wrap" not in name and "barrier" not in name:
-            raise AssertionError(name)
 
 
 CASES: list[tuple[str, dict[str, int], int, dict[str, Any]]] = [

@@ -8,6 +8,7 @@ any layout and on any number of ranks, goes on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -28,17 +29,22 @@ import tiny_run
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from sent import Sent
 
 import lmforge
+from lmforge.adapter.nodes import Adapter
 from lmforge.codec import decode
 from lmforge.compose.catalog import Catalog
 from lmforge.formats.tokens import Meta, SplitWriter, write_meta
+from lmforge.model import opening
 from lmforge.model.build import from_scratch
+from lmforge.model.parts import Unread
 from lmforge.parallel.layout import data_degree
 from lmforge.parallel.nodes import Parallel
 from lmforge.step import Context, Placement
 from lmforge.training.fit import fit
 from lmforge.training.objectives.causal_lm import CausalLM
+from lmforge.training.shares import InShares
 from lmforge.verbs.list import tree
 
 STEPS, ROWS, SEQ_LEN = 50, 8, 16
@@ -64,6 +70,12 @@ class Case:
     stop: int = -1
     changes: Mapping[str, Any] = field(default_factory=dict)  # keys of the option
     precision: Mapping[str, str] = field(default_factory=dict)  # dtypes of the recipe
+    counts: bool = False  # what is sent in a step goes to sent-RANK.json
+    start: str = ""  # what several ranks open a part at a time: "scratch", "folder", or "lora" on what is in that; else `model`, whole
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {**SIZES, **FAMILIES[self.family], "vocab_size": self.vocabulary}
 
 
 @functools.cache
@@ -85,6 +97,24 @@ def model(family: str, vocabulary: int) -> Any:
             if parameter.ndim == 1:
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
     return made
+
+
+def opened(case: Case, folder: Path) -> Unread:
+    """The model of a case that has a start, its weights not read yet. A folder of bfloat16 weights in several files is written by the first to ask."""
+    if case.start == "scratch":
+        return opening.from_scratch(case.config, 0)
+    weights = folder / f"weights-{case.family}-{case.vocabulary}"
+    if not weights.is_dir():
+        model(case.family, case.vocabulary).bfloat16().save_pretrained(weights, max_shard_size="20KB")
+        assert len(list(weights.glob("*.safetensors"))) > 1
+    found = opening.from_folder(weights)
+    assert found is not None
+    return found.under(lambda base: lora().attach(base, 5)) if case.start == "lora" else found
+
+
+@functools.cache
+def lora() -> Any:
+    return decode(Adapter, tree(catalog(), "adapter", "lora") | {"r": 4, "dropout": 0.0}, "adapter")
 
 
 def tokens(folder: Path, vocabulary: int) -> Path:
@@ -121,10 +151,22 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     optimizer = tiny_run.adamw(lr=3e-3, eps=1e-5, grad_clip=1.1)
     told = tiny_run.recipe(parallel=node, steps=case.steps, log_every=1, optimizer=optimizer, **case.precision)
     started, interrupted = time.monotonic(), False
+    unread, sent = opened(case, folder) if case.start else None, Sent()
+    watching = contextlib.ExitStack()
+    if case.counts:
+        watching.enter_context(sent.of_steps())
     try:
-        fit(told, CausalLM(read, SEQ_LEN), model(case.family, case.vocabulary), context, functools.partial(_save, home))
+        if unread is None or world == 1:
+            fit(told, CausalLM(read, SEQ_LEN), unread.read() if unread else model(case.family, case.vocabulary), context, functools.partial(_save, home))
+        else:
+            shares = InShares(unread.parts, lambda model, device: 0.0)
+            fit(told, CausalLM(read, SEQ_LEN), unread.model, context, functools.partial(_save_in_turn, home), None, shares)
     except KeyboardInterrupt:
         interrupted = True
+    finally:
+        watching.close()
+    if case.counts:
+        (home / f"sent-{rank}.json").write_text(json.dumps({kind: size / (case.steps - 1) for kind, size in sent.bytes.items()}))
     assert interrupted == (case.stop > 0), case
     if rank == 0:
         with (home / "figures.jsonl").open("a") as file:
@@ -137,6 +179,12 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
 
 def _save(home: Path, trained: Any) -> None:
     save_file({name: value.detach().clone() for name, value in trained.named_parameters()}, home / "final.safetensors")
+
+
+def _save_in_turn(home: Path, bones: Any, read: Any) -> None:
+    assert not any(one.device.type == "cpu" for one in bones.parameters())
+    if found := read([name for name, _ in bones.named_parameters()]):
+        save_file(found, home / "final.safetensors")
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,16 @@ def test_lowering_does_not_change_gradients(chat: Path, changes: dict[str, Any])
         assert len(calls) == 3  # once plain, and twice where activations are recomputed
 
 
+@pytest.mark.parametrize(("buffers", "exact"), [("float32", True), ("bfloat16", False)])
+def test_rotary_frequencies_have_a_dtype_of_their_own(buffers: str, exact: bool) -> None:
+    model = tiny_run.tiny_llama()
+    before = model.model.rotary_emb.inv_freq.clone()
+    lower(model, tiny_run.recipe(param_dtype="bfloat16", compute_dtype="bfloat16", buffer_dtype=buffers))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.model.rotary_emb.inv_freq.dtype == getattr(torch, buffers)
+    assert torch.equal(model.model.rotary_emb.inv_freq.float(), before) == exact
+
+
 class Overflowing(CausalLM):
     """Adds a gradient that overflows to one parameter in its second batch, and nothing to the loss."""
 

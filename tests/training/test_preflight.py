@@ -12,11 +12,12 @@ import pytest
 import tiny_run
 import torch
 
+from lmforge.errors import DataError, RunError
 from lmforge.training.objectives.causal_lm import CausalLM
 from lmforge.training.objectives.preference import Preference
 from lmforge.training.objectives.reward import BradleyTerry
-from lmforge.training.preflight import preflight
-from tests.training.checks.broken import SEQ_LEN, check, loss_of_orpo, scorer, sound
+from lmforge.training.preflight import begins, preflight
+from tests.training.checks.broken import SEED, SEQ_LEN, check, edited, loss_of_orpo, scorer, sound
 
 MEASURED = {
     "text": {"packing", "accumulation"},
@@ -90,6 +91,34 @@ def test_a_run_ends_in_the_same_weights_whether_preflight_ran_or_not(view: str, 
         said.append([{key: value for key, value in line.items() if key != "tokens_per_s"} for line in report.logged])
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("view", MEASURED)
+def test_a_model_that_stands_in_is_tried_and_its_weights_are_not_compared(view: str, tmp_path: Path) -> None:
+    """For a model that no rank holds whole: a small one goes through what any weights show, and the laid-out one through what only its own do."""
+    tokens = tiny_run.write_tokens(tmp_path / "tokens", view, seq_len=20)
+    model, other, told = tiny_run.tiny_llama(), tiny_run.tiny_model(), tiny_run.recipe(seq_len=SEQ_LEN, seed=SEED)
+    objective = sound(view, tokens, tmp_path / "reference", model)
+    found = preflight(objective, other, tokens=tokens, checkpoint=None, recipe=told, context=tiny_run.context(tmp_path), stands_in=True)
+    assert found.keys() == MEASURED[view] - {"log_ratio"}
+    assert max(found.values()) < 1e-5
+    assert preflight(objective, None, tokens=tokens, checkpoint=None, recipe=told, context=tiny_run.context(tmp_path), stands_in=True) == {}
+    model.train()
+    assert begins(objective, tokens, told, model, torch.device("cpu")) < 1e-5
+    assert model.training
+    if "log_ratio" in MEASURED[view]:
+        with pytest.raises(RunError, match="off the reference's before the first step"):
+            begins(objective, tokens, told, other, torch.device("cpu"))
+
+
+def test_a_rank_without_a_model_looks_at_the_rows(tmp_path: Path) -> None:
+    tokens = tiny_run.write_tokens(tmp_path / "tokens", "chat", seq_len=20)
+
+    def unsupervised(index: int, ids: list[int], mask: list[int]) -> None:
+        mask[:] = [0] * len(mask)
+
+    with pytest.raises(DataError, match="none of its"):
+        check(CausalLM(edited(tokens, tmp_path / "edited", unsupervised), SEQ_LEN), None, tmp_path, tmp_path / "edited")
 
 
 def test_a_run_that_goes_on_is_not_looked_at_again(chat: Path, tmp_path: Path) -> None:

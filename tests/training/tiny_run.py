@@ -115,7 +115,7 @@ def parallel(devices: int = 1, **changes: Any) -> Parallel:
 def recipe(**changes: Any) -> Recipe:
     values: dict[str, Any] = {
         "steps": 6, "rows_per_step": 8, "seq_len": 16, "seed": 3, "optimizer": adamw(), "param_dtype": "float32", "compute_dtype": "float32",
-        "reduce_dtype": "float32", "loss_scale": None, "parallel": parallel(), "log_every": 2, "save_every_s": 1e9,
+        "reduce_dtype": "float32", "buffer_dtype": "float32", "loss_scale": None, "parallel": parallel(), "log_every": 2, "save_every_s": 1e9,
     }  # fmt: skip
     return Recipe(**{**values, **changes})
 

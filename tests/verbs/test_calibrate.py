@@ -57,7 +57,7 @@ def test_plans_here_are_timed_with_it(found: dict[str, Any]) -> None:
 
 def test_finished_runs_correct_it(cli: Callable[..., Any], rows: Path, tmp_path: Path, found: dict[str, Any]) -> None:
     """A step that took half as long again as the calibration says moves it by so much."""
-    words = ("stage=pretrain", "data=jsonl", f"data.path={rows}", "eval=none", "track=none", "model.max_position_embeddings=64")
+    words = ("stage=pretrain", "data=text", f"data.path={rows}", "eval=none", "track=none", "model.max_position_embeddings=64")
     answer = cli("run", *words, "stage.pretrain.budget.steps=6", "stage.pretrain.optimizer.global_batch_tokens=512", f"output={tmp_path / 'runs'}")
     assert answer.code == 0, answer.err
     known, _ = calibrated(machine("here"), found["cwd"] / "outputs")

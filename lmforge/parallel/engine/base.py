@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 BACKEND = {"cpu": "gloo", "cuda": "nccl"}
 Batch = Mapping[str, Tensor]
+Part = Callable[[tuple[slice, ...]], Tensor]  # slices of all dimensions to those values of one weight on the CPU, in any dtype
+Parts = Mapping[str, Part | None]  # by the parameters' names in the whole model; None where a state brings it
 Read = Callable[[Mapping[str, Tensor]], dict[str, Any]]  # weights to fill, by name -> all that a state holds for this rank
 
 
@@ -64,8 +66,12 @@ class Engine:
         """This rank's place in the mesh."""
         return Ranks(self.global_rank, self.mesh)  # type: ignore[attr-defined]
 
-    def spread(self, model: Any) -> Any:
-        """Called once, on every rank, with a whole model on the CPU: what is trained on this rank, which may be a part of it."""
+    def spread(self, model: Any, parts: Parts | None = None) -> Any:
+        """Called once, on every rank, with a whole model on the CPU: what is trained on this rank, which may be a part of it.
+
+        Or, on a mesh, with a model without memory and a way to read a part of each weight, of which this rank reads its own.
+        """
+        assert parts is None
         return model
 
     def gradients(self, module: LightningModule, batches: Sequence[Batch], loss: Losses) -> None:

@@ -22,7 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lmforge.parallel.engine.base import BACKEND, Batch, Engine, Losses, Read, counter, patience
+from lmforge.parallel.engine.base import BACKEND, Batch, Engine, Losses, Parts, Read, counter, patience
 from lmforge.parallel.engine.gather import fill, skeleton
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ class DeepSpeedEngine(Engine, DeepSpeedStrategy):
         """DeepSpeed wants an index, on the CPU too."""
         return torch.device("cpu", self.local_rank) if self.told.accelerator == "cpu" else super().root_device
 
-    def spread(self, model: Any) -> Any:
+    def spread(self, model: Any, parts: Parts | None = None) -> Any:
+        assert parts is None
         self.skeleton = skeleton(model)
         return model
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,31 @@ def skeleton(model: Any) -> Any:
 @torch.no_grad()
 def gathered(model: Any, bones: Any, mesh: DeviceMesh) -> Any:
     """`bones` with the weights of `model` on the CPU, on rank 0; None on others. Every rank calls it, and holds one whole tensor at a time."""
+    return fill(bones, _reader(model, shapes(bones), mesh), model.training)
+
+
+@torch.no_grad()
+def some(model: Any, known: Mapping[str, Tensor], mesh: DeviceMesh, names: Sequence[str]) -> dict[str, Tensor]:
+    """Some weights of `model` by name, whole, on the CPU of rank 0; nothing on others. `known` are its `shapes`. Every rank calls it alike."""
+    whole, first, found = _reader(model, known, mesh), dist.get_rank() == 0, dict[str, Tensor]()
+    for name in names:
+        value = whole(name)
+        if first:
+            found[name] = value.to("cpu", copy=True)
+    return found
+
+
+def shapes(bones: Any) -> dict[str, Tensor]:
+    """The parameters of a model without memory by all their names."""
+    return dict(bones.named_parameters(remove_duplicate=False))
+
+
+def _reader(model: Any, known: Mapping[str, Tensor], mesh: DeviceMesh) -> Callable[[str], Tensor]:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # a forward without backward leaves the root's weights gathered
-    mine, shapes = dict(model.named_parameters()), dict(bones.named_parameters())
-    return fill(bones, lambda name: _whole(mine.get(name), shapes[name], mesh), model.training)
+    mine = shapes(model)
+    return lambda name: _whole(mine.get(name), known[name], mesh)
 
 
 @torch.no_grad()

@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from lmforge.parallel.engine.base import BACKEND, Batch, Engine, Losses, patience
-from lmforge.parallel.engine.gather import gathered, skeleton
+from lmforge.parallel.engine.base import BACKEND, Batch, Engine, Losses, Parts, patience
+from lmforge.parallel.engine.fill import fill
+from lmforge.parallel.engine.gather import gathered, shapes, skeleton, some
 from lmforge.parallel.engine.pipeline import Pipeline
 from lmforge.parallel.engine.shard import Sharding, shard
 from lmforge.parallel.engine.tensor import split_matrices
@@ -46,9 +47,12 @@ class MeshEngine(Engine, ModelParallelStrategy):
         self._setup_distributed()
         self._device_mesh = init_device_mesh(self.told.accelerator, tuple(self.mesh.values()), mesh_dim_names=tuple(self.mesh))
 
-    def spread(self, model: Any) -> Any:
+    def spread(self, model: Any, parts: Parts | None = None) -> Any:
         self.skeleton = skeleton(model)
+        self.shapes = shapes(self.skeleton)
         self.pipeline, self._sharded = lay_out(model, self.device_mesh, self.options, self.told, self.root_device)
+        if parts is not None:
+            fill(model, parts, torch.device("cpu") if self.options.cpu_offload else self.root_device)
         return model
 
     def accumulating(self, module: LightningModule, *, last: bool) -> AbstractContextManager[Any]:
@@ -87,9 +91,13 @@ class MeshEngine(Engine, ModelParallelStrategy):
     def whole(self, model: Any) -> Any:
         return gathered(model, self.skeleton, self.device_mesh)
 
+    def some(self, model: Any, names: Sequence[str]) -> dict[str, Tensor]:
+        """Some weights by their names in the whole model, whole, for rank 0 to save; nothing on other ranks. Every rank calls it alike."""
+        return some(model, self.shapes, self.device_mesh, names)
+
 
 def lay_out(model: Any, ranks: DeviceMesh, options: Mesh, told: Spread, device: torch.device) -> tuple[Pipeline | None, list[Any]]:
-    """Leave of a whole model, in place, what this rank holds; returns its pipeline, where there is one, and what FSDP2 shards.
+    """Leave of a whole model, in place, what this rank holds; returns its pipeline, where there is one, and what FSDP2 shards. Weights may be on meta.
 
     A model is cut into pipeline stages first, then its matrices over tp, then what is left over dp_shard (torchtitan's order).
     """

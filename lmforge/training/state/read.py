@@ -7,17 +7,21 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path as File
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor
 
 from lmforge.errors import CheckpointError
 from lmforge.training.state.index import Index, broken, flaw, read_index, strays
+from lmforge.training.state.storage import chunk_of
 from lmforge.training.state.together import agree, gathered, rank, world
 from lmforge.training.state.tree import Path, paths, unflatten
 
@@ -149,11 +153,24 @@ class Saved:
         if not tensors:
             return
         targets = {name: _storable(value) for name, value in tensors.items()}
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner = Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             reader = HuggingFaceStorageReader(str(self.folder / self.index["folder"]))
             load(targets, storage_reader=reader, planner=planner, no_dist=True)
+
+
+class Planner(DefaultLoadPlanner):
+    """DCP's planner, with a DTensor's part where it lies: see `share`."""
+
+    def create_local_plan(self) -> LoadPlan:
+        plan, wanted, held = super().create_local_plan(), self.state_dict, self.metadata
+        assert held is not None
+        items = [one for one in plan.items if not isinstance(wanted[one.dest_index.fqn], DTensor)]
+        for name, value in wanted.items():
+            if isinstance(value, DTensor):
+                items += create_read_items_for_chunk_list(name, cast(TensorStorageMetadata, held.state_dict_metadata[name]), [chunk_of(value)])
+        return LoadPlan(items)
 
 
 def _storable(value: Tensor) -> Tensor:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_local_save_plan
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import StorageWriter
 from torch.distributed.checkpoint.utils import find_state_dict_object
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
+from lmforge.parallel.engine.shares import share
 from lmforge.training.state.index import INDEX, SUFFIX, read_index, sweep, sync, write_index
 from lmforge.training.state.shards import DTYPES, Shard, write_shards
 from lmforge.training.state.tree import Skeleton, merge
@@ -36,7 +37,8 @@ class Planner(DefaultSavePlanner):
 
     def create_local_plan(self) -> SavePlan:
         items = create_default_local_save_plan(dict(self.tensors), self.is_coordinator).items
-        self.plan = SavePlan([item for item in items if _has_values(item)], planner_data=(self.skeleton, self.scalars))
+        right = (_placed(item, self.tensors[item.index.fqn]) for item in items)
+        self.plan = SavePlan([item for item in right if _has_values(item)], planner_data=(self.skeleton, self.scalars))
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Any:
@@ -50,6 +52,21 @@ def _storable(name: str, value: Tensor) -> Tensor:
     if value.dim():
         return value
     return (value.to_local() if isinstance(value, DTensor) else value).detach().reshape(1)
+
+
+def _placed(item: WriteItem, value: Tensor) -> WriteItem:
+    """A DTensor's item as it lies: see `share`."""
+    if not isinstance(value, DTensor):
+        return item
+    chunk = chunk_of(value)
+    assert item.tensor_data is not None
+    return dataclasses.replace(item, index=MetadataIndex(item.index.fqn, chunk.offsets), tensor_data=dataclasses.replace(item.tensor_data, chunk=chunk))
+
+
+def chunk_of(value: DTensor) -> ChunkStorageMetadata:
+    """Where this rank's part of it lies, as torch.distributed.checkpoint says it."""
+    bounds = share(value)
+    return ChunkStorageMetadata(torch.Size(one.start for one in bounds), torch.Size(one.stop - one.start for one in bounds))
 
 
 def _has_values(item: WriteItem) -> bool:

@@ -116,6 +116,18 @@ def test_half_precision_is_held_to_a_looser_bound(chats: Path, tmp_path: Path) -
         check(MeanOfMeans(chats, SEQ_LEN), tiny_run.tiny_llama().bfloat16(), tmp_path, chats)
 
 
+def test_a_short_answer_is_allowed_the_rounding_that_a_long_one_averages_out(chats: Path) -> None:
+    from lmforge.training.checks import numbers
+
+    rows: Any = SimpleNamespace(examples=(0, 1), name=lambda example: f"example {example}")
+    off, tokens = torch.tensor([0.2, 0.04 * 100]), torch.tensor([1, 100])
+    assert numbers._compare(rows, off, torch.zeros(2), tokens, 5e-2, "{}", "mend") == pytest.approx(0.2)
+    with pytest.raises(RunError, match=r"example 1: 0\.06 .*allowed: 0\.05"):
+        numbers._compare(rows, torch.tensor([0.2, 6.0]), torch.zeros(2), tokens, 5e-2, "{:.2g}", "mend")
+    with pytest.raises(RunError, match=r"example 0: 0\.4 .*allowed: 0\.3"):
+        numbers._compare(rows, torch.tensor([0.4, 0.0]), torch.zeros(2), tokens, 5e-2, "{:.2g}", "mend")
+
+
 def test_a_large_model_is_compared_by_its_smallest_parameters(chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lmforge.training.checks import numbers
 

@@ -1,21 +1,20 @@
-"""Every bad input of post-training: what a config shows is refused before anything runs, and what only rows, templates or weights show, in one line too.
+"""Bad input of post-training that a command alone shows: refused in one line before anything runs.
 
 A row of a table is (command, where, what, instead). `{files}` is a folder of broken things, `{data}` an override that names the committed rows.
 """
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 import shlex
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.bad_post_training.broken import LONG
 from tests.conftest import FIXTURES
 
 LINE = re.compile(r"(conf|plan|data|checkpoint|run) error: \S.*: \S.*")
@@ -218,112 +217,6 @@ VERBS = [
 TABLE = [*LOSSES, *RL, *REWARDS, *ADAPTERS, *VERBS]
 SLOW = ("merge", "generate", "rank")  # they bring torch and PEFT in, which the first of them in a process pays for
 
-TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split('</cut>')[-1] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-TEMPLATES = {
-    "unclosed": "{% for m in messages %}{{ m.content }}",
-    "undefined": "{% for m in messages %}{{ m.nosuch.thing }}{% endfor %}",
-    "refusing": "{{ raise_exception('only Latin, please') }}",
-    "endless": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "greedy": "{% set n = namespace(x='x' * 4096) %}{% for a in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
-    "dropping": "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}<|end|>{% endif %}{% endfor %}<|assistant|>ok<|end|>",
-    "silent": "",
-}
-
-
-def _chat(*turns: tuple[str, str]) -> dict[str, Any]:
-    return {"messages": [{"role": role, "content": content} for role, content in turns]}
-
-
-# (a row that is bad, its kind in the account, what the quarantine says)
-BAD_ROWS: list[tuple[dict[str, Any], str, str]] = [
-    ({"messages": []}, "empty_conversation", "messages is empty"),
-    (_chat(("user", "a"), ("user", "b"), ("assistant", "c")), "turn_order", "messages[1]: two user turns in a row"),
-    (_chat(("user", "a"), ("assistant", "b"), ("assistant", "c")), "turn_order", "messages[2]: two assistant turns in a row"),
-    (_chat(("assistant", "a"), ("user", "b"), ("assistant", "c")), "turn_order", "messages[0]: begins with the assistant, so there is no prompt"),
-    (_chat(("user", "a"), ("system", "b"), ("assistant", "c")), "turn_order", "messages[1]: a system turn right after "),
-    (_chat(("user", "a")), "no_assistant_turn", "messages has no assistant turn to learn from"),
-    (_chat(("user", "a"), ("robot", "b")), "unknown_role", "messages[1].role is 'robot', not one of system, user,"),
-    (_chat(("user", "a"), ("assistant", "  ")), "empty", "messages[1].content is empty"),
-    ({"messages": [{"role": "user", "content": 3}]}, "wrong_type", "messages[0].content is int, not text"),
-    ({"messages": "hello"}, "wrong_type", "messages is str, not a list"),
-    ({"messages": [None]}, "wrong_type", "messages[0] is NoneType, not an object"),
-    ({"conversations": [{"from": "alien", "value": "a"}]}, "unknown_role", "conversations[0].from is 'alien', not one of"),
-    ({"prompt": "a", "chosen": "same", "rejected": "same"}, "chosen_is_rejected", "chosen and rejected are the same"),
-    ({"prompt": "a", "chosen": "b", "rejected": None}, "missing_field", "rejected is missing"),
-    ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "big"}, "wrong_type", "margin is 'big', not a number"),
-    ({"prompt": "a", "completion": "b", "label": "yes"}, "label_not_boolean", "label is 'yes', not a boolean"),
-    ({"prompt": "a", "completion": "b", "label": 1}, "label_not_boolean", "label is 1, not a boolean"),
-    ({"prompt": "a", "completion": "b", "label": None}, "label_not_boolean", "label is missing, not a boolean"),
-]
-REFUSALS = {  # what a run says of each: of the rows that a template does not render the first, of one that goes over a limit the template itself
-    "unclosed": "good.jsonl:{row}: the chat template does not render: TemplateSyntaxError: Unexpected end of template.",
-    "undefined": "good.jsonl:{row}: the chat template does not render: UndefinedError: 'dict object' has no attribute 'nosuch'; every one of the ",
-    "refusing": "good.jsonl:{row}: the chat template refuses it: only Latin, please; every one of the ",
-    "endless": "chat template of {weights}: does not finish a conversation within 3 s of processor time, at 'question {question}'; use another",
-    "greedy": "chat template of {weights}: takes more than 512 MiB of memory, at 'question {question}'; use another",
-    "dropping": "good.jsonl:{row}: the chat template changes or drops the text; every one of the ",
-    "silent": "good.jsonl:{row}: the chat template drops the user's text; every one of the ",
-}
-LONG = "again and again " * 30  # more tokens than the context of 64
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints, adapters, steps and rows that the tables name."""
-    root = tmp_path_factory.mktemp("files")
-    shutil.copy(FIXTURES / "corpus" / "text.jsonl", root)
-    shutil.copy(FIXTURES / "corpus" / "chat.jsonl", root)
-    _weights(root)
-    _adapters(root)
-    _steps(root)
-    return root
-
-
-def _weights(root: Path) -> None:
-    from tests.adapter import tiny
-
-    tokenizer = tiny.tokenizer_folder(root / "tokenizer")
-    (tokenizer / "chat_template.jinja").write_text(TEMPLATE)
-    for seed, name in enumerate(("base", "other", *TEMPLATES)):
-        tiny.checkpoint_folder(root / name, tokenizer, seed, **({"hidden_size": 64} if name == "wider" else {}))
-        if name in TEMPLATES:
-            (root / name / "chat_template.jinja").write_text(TEMPLATES[name])
-    tiny.checkpoint_folder(root / "wider", tokenizer, 0, hidden_size=64)
-
-
-def _adapters(root: Path) -> None:
-    from lmforge.model import build
-    from tests.adapter import tiny
-
-    node = tiny.adapter("lora", r=2)
-    model = tiny.learn(node.attach(build.from_folder(root / "base"), 0))
-    node.save(model, root / "tokenizer", root / "adapter", root / "base")
-    for name in ("cut_adapter", "odd_adapter", "lost_adapter"):
-        shutil.copytree(root / "adapter", root / name)
-    weights = root / "cut_adapter" / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-8])
-    _edit(root / "odd_adapter" / "adapter_config.json", peft_type="IA3")
-    _edit(root / "lost_adapter" / "adapter_config.json", base_model_name_or_path=str(root / "gone"))
-
-
-def _edit(file: Path, **keys: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
-
-
-def _steps(root: Path) -> None:
-    """A store with a step that trained an adapter and one that drew samples."""
-    from lmforge.formats import samples
-    from lmforge.formats.samples import Answer, Sampled
-
-    trained, drawn = root / "store/steps/sft-aaaa000011112222", root / "store/steps/sample-bbbb000011112222"
-    for step in (trained, drawn):
-        step.mkdir(parents=True)
-        (step / "step.json").write_text(json.dumps({"step": {"inputs": []}}))
-    shutil.copytree(root / "adapter", trained / "adapter")
-    (drawn / "samples").mkdir()
-    samples.write(drawn / "samples", [Sampled("train-0", "a", (Answer("b", 2, True, -1.0), Answer("c", 2, True, -2.0)))], {"seed": 0})
-    shutil.copytree(root / "tokenizer", drawn / "samples" / "tokenizer")
-
 
 @pytest.mark.parametrize(("command", "where", "what", "instead"), TABLE, ids=[row[0][:100] for row in TABLE])
 def test_bad_input_is_refused_in_one_line(command: str, where: str, what: str, instead: str, cli: Cli, files: Path) -> None:
@@ -363,178 +256,3 @@ def test_qlora_is_refused_in_the_plan_where_it_cannot_run(cli: Cli, monkeypatch:
     answer = cli("plan", "stage=[pretrain,sft]", "data=text", f"data.path={FIXTURES / 'corpus'}", "adapter=qlora", "hardware=cpu")
     assert (answer.code, answer.written) == (2, [])
     assert answer.err == f"conf error: adapter: bitsandbytes {what}; type adapter=lora, whose base stays in 16 bits\n"
-
-
-def _rows(file: Path, rows: list[dict[str, Any]]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-def _good(count: int = 12) -> list[dict[str, Any]]:
-    chats = [_chat(("user", f"question {number}"), ("assistant", f"answer {number}")) for number in range(count)]
-    return chats + [{"prompt": f"ask {number}", "chosen": f"yes {number}", "rejected": f"no {number}"} for number in range(count)]
-
-
-def _run(cli: Cli, data: Path, stage: str, weights: Path, *more: str) -> Any:
-    """A run of some stages on tiny weights, a step each."""
-    names = stage.strip("[]").split(",")
-    few = [word for name in names if name != "sample" for word in (f"stage.{name}.budget.steps=1", f"stage.{name}.optimizer.global_batch_tokens=256")]
-    return cli(f"stage={stage}", f"stage.{names[0]}.init_from={weights}", "data=text", f"data.path={data}", "eval=none", "track=none", *few, *more)
-
-
-def _artifact(name: str, kind: str) -> Path:
-    [step] = [folder for folder in Path("outputs/steps").glob(f"{name}-*") if folder.name.rpartition("-")[0] == name]
-    return step / kind
-
-
-def _json(file: Path) -> Any:
-    return json.loads(file.read_text())
-
-
-def test_bad_rows_are_quarantined_and_counted_while_good_rows_go_on(cli: Cli, files: Path, tmp_path: Path) -> None:
-    """Rows that are no conversation never reach the tokens; those that the template or the context spoils are counted there."""
-    (tmp_path / "rows").mkdir()
-    bad = _rows(tmp_path / "rows" / "bad.jsonl", [row for row, _, _ in BAD_ROWS])
-    spoiled = [_chat(("user", "keep"), ("assistant", "lost</cut>kept")), _chat(("user", LONG), ("assistant", "b"))]
-    pairs = [{"prompt": "cut", "chosen": "one</cut>same", "rejected": "two</cut>same"}, {"prompt": LONG, "chosen": "b", "rejected": "c"}]
-    _rows(tmp_path / "rows" / "good.jsonl", [*_good(), *spoiled, *pairs])
-    answer = _run(cli, tmp_path / "rows", "[sft,dpo]", files / "base", "data.heldout_fraction=0.5")
-    assert answer.code == 0, answer.err
-    account = _json(_artifact("data", "corpus") / "account.json")
-    kinds = [kind for _, kind, _ in BAD_ROWS]
-    assert account["dropped"] == {kind: kinds.count(kind) for kind in kinds}
-    assert (account["in"], account["kept"]) == (len(BAD_ROWS) + 28, 28)
-    quarantined = [json.loads(line) for line in (_artifact("data", "corpus") / "quarantine.jsonl").read_text().splitlines()]
-    assert [(one["file"], one["line"]) for one in quarantined] == [(bad.name, line) for line in range(1, len(BAD_ROWS) + 1)]
-    for one, (_, _, reason) in zip(quarantined, BAD_ROWS, strict=True):
-        assert reason in one["reason"]
-    cut, long = "the chat template changes or drops the text", "the prompt alone fills seq_len"
-    spoils = {"tokens.chat": {cut: 1, long: 1}, "tokens.preference": {cut: 1, long: 1}}
-    for name, dropped in spoils.items():
-        meta = _json(_artifact(name, "tokens") / "meta.json")
-        assert meta["dropped"] == dropped
-        assert sum(meta["rows"].values()) == 12
-        reasons = [json.loads(line) for line in (_artifact(name, "tokens") / "quarantine.jsonl").read_text().splitlines()]
-        assert sorted(one["reason"] for one in reasons) == sorted(dropped)
-        assert all(re.fullmatch(r"good\.jsonl:\d+", one["source"]) for one in reasons)
-
-
-def test_where_every_row_is_bad_the_first_is_named(cli: Cli, files: Path, tmp_path: Path) -> None:
-    """The fields say which view was meant, so the plan is made; the run ends at the rows, and nothing is trained."""
-    chats = [row for row, _, _ in BAD_ROWS if "messages" in row or "conversations" in row]
-    pairs, labels = ([row for row, _, _ in BAD_ROWS if field in row] for field in ("chosen", "label"))
-    for number, (stage, rows) in enumerate((("sft", chats), ("dpo", pairs), ("kto", labels))):
-        for at in range(len(rows)):
-            given = [*rows[at:], *rows[:at]]
-            file = _rows(tmp_path / f"bad{number}.jsonl", given)
-            answer = _run(cli, file, stage, files / "base")
-            [reason] = [reason for row, _, reason in BAD_ROWS if row is given[0]]
-            assert answer.code == 2
-            assert len(answer.err.splitlines()) == 1, answer.err
-            assert answer.err.startswith(f"data error: {file.name}:1: {reason}"), answer.err
-            assert f"every one of the {len(given)} rows is bad, and this is the first" in answer.err
-            assert [
-                folder.name for folder in Path("outputs/steps").iterdir() if (folder / "step.json").is_file() and not folder.name.startswith("weights")
-            ] == []
-
-
-def test_rows_without_a_known_field_are_refused_in_the_plan(cli: Cli, tmp_path: Path) -> None:
-    for text, what in (('{"a": 1}\n', "no known fields (has: a; wanted"), ("[1]\n", "expected an object, got list"), ("{nope\n", "broken JSON")):
-        (tmp_path / "rows.jsonl").write_text(text)
-        answer = cli("plan", "stage=[pretrain,sft]", "data=text", f"data.path={tmp_path / 'rows.jsonl'}", "hardware=cpu")
-        assert (answer.code, answer.written) == (2, [])
-        assert answer.err.startswith(f"data error: rows.jsonl:1: {what}"), answer.err
-        assert len(answer.err.splitlines()) == 1
-
-
-def test_good_rows_behind_many_bad_ones_are_found(cli: Cli, tmp_path: Path) -> None:
-    """A plan looks at the first rows alone; what they hold may be bad."""
-    _rows(tmp_path / "rows.jsonl", [_chat(("user", "a"))] * 40 + _good())
-    assert (
-        cli(
-            "plan",
-            "stage=[pretrain,sft]",
-            "data=text",
-            f"data.path={tmp_path / 'rows.jsonl'}",
-            f"stage.pretrain.data.path={FIXTURES / 'corpus'}",
-            "hardware=cpu",
-        ).code
-        == 0
-    )
-
-
-def _first_kept(rows: Path) -> tuple[int, int]:
-    """(line, number of the question) of the first training row of the chats."""
-    [source] = [json.loads(line)["source"] for line in (_artifact("data", "corpus") / "chat" / "train.jsonl").read_text().splitlines()[:1]]
-    line = int(source.partition(":")[2])
-    return line, int(json.loads(rows.read_text().splitlines()[line - 1])["messages"][0]["content"].split()[-1])
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template_that_does_not_render_ends_the_run_in_one_line(name: str, cli: Cli, files: Path, tmp_path: Path) -> None:
-    """The jinja sandbox has limits on time and memory; the weights lie in a folder with such a chat_template."""
-    rows = _rows(tmp_path / "good.jsonl", _good())
-    answer = _run(cli, rows, "sft", files / name)
-    line, question = _first_kept(rows)
-    said = REFUSALS[name].format(row=line, question=question, weights=_artifact("weights", "checkpoint"))
-    assert answer.code == 2
-    assert len(answer.err.splitlines()) == 1, answer.err
-    assert answer.err.startswith(f"data error: {said}"), answer.err
-
-
-GRPO = ("stage.grpo.max_new_tokens=8", "stage.grpo.group_size=2", "stage.grpo.eval_prompts=2")
-OVERFLOW = ("stage.grpo.reward=sum", *(f"stage.grpo.reward.weights.{name}=1e308" for name in ("parses", "length")), "stage.grpo.reward.rewards.length.target=8")
-LINES = {
-    "a reward that is NaN": (
-        ("stage.grpo.reward=broken",),
-        r"run error: reward=broken: is nan for row 0, the answer '.*' to '.*ask \d+.*'; a reward must be a finite",
-    ),
-    "a sum that overflows": (OVERFLOW, r"run error: reward=sum: is \S+ for row \d, the answer '.*' to '.*'; a reward must be a finite number for every answer"),
-    "no reference answers": (
-        ("stage.grpo.reward=exact_match",),
-        r"data error: reward=exact_match: .*prompt .* has no reference answer; give its row",
-    ),
-}
-
-
-@pytest.fixture
-def broken_reward(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder of options with a reward of a plugin's, which gives NaN; it is unknown again after the test."""
-    from lmforge import registry
-    from lmforge.reward.nodes import Reward
-
-    registry.load()
-    monkeypatch.setattr(registry, "_NODES", {group: dict(options) for group, options in registry._NODES.items()})
-
-    @registry.register("reward", "broken")
-    class Broken(Reward):
-        """NaN for every answer."""
-
-        def scorer(self, inputs: Any, where: str) -> Any:
-            return lambda episodes: [float("nan")] * len(episodes.prompts)
-
-    (tmp_path / "conf" / "reward").mkdir(parents=True)
-    (tmp_path / "conf" / "reward" / "broken.yaml").write_text("type: broken\n")
-    return tmp_path / "conf"
-
-
-def test_rewards_that_cannot_be_learned_from_end_the_run(cli: Cli, files: Path, tmp_path: Path, broken_reward: Path) -> None:
-    """One line that names the reward, the answer and the prompt; a prompt that leaves no room for an answer is left out and counted before."""
-    rows = _rows(tmp_path / "prompts.jsonl", [{"prompt": f"ask {number}"} for number in range(12)] + [{"prompt": LONG + str(number)} for number in range(3)])
-    for words, line in LINES.values():
-        answer = _run(cli, rows, "grpo", files / "base", *GRPO, *words, "--config-dir", str(broken_reward), "data.heldout_fraction=0.3")
-        assert answer.code == 2
-        assert len(answer.err.splitlines()) == 1, answer.err
-        assert re.match(line, answer.err), answer.err
-    meta = _json(_artifact("tokens.prompt", "tokens") / "meta.json")
-    assert meta["dropped"] == {"the prompt is longer than seq_len": 3}
-    assert sum(meta["rows"].values()) == 12
-
-
-def test_where_every_prompt_is_longer_than_the_context_the_first_is_named(cli: Cli, files: Path, tmp_path: Path) -> None:
-    rows = _rows(tmp_path / "prompts.jsonl", [{"prompt": LONG + str(number)} for number in range(3)])
-    answer = _run(cli, rows, "sample", files / "base", "stage.sample.max_new_tokens=8")
-    assert answer.code == 2
-    assert re.fullmatch(
-        r"data error: prompts.jsonl:\d: the prompt is longer than seq_len; every one of the \d .* rows is bad for the prompt view, .*\n", answer.err
-    )
