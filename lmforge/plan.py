@@ -23,18 +23,28 @@ class Artifact:
 
 @dataclass(frozen=True, kw_only=True)
 class PeakBytes:
-    """Bytes on the fullest device, by part; null is a part not estimated, and a total is given only when all parts are."""
+    """Bytes on the fullest device: what it holds between steps, and all of it at the fullest moment of a step. Null is not estimated."""
 
-    params: int | None = None
+    params: int | None = None  # trained ones, and frozen ones with and beside them
     grads: int | None = None
     optimizer: int | None = None
-    activations: int | None = None
-    total: int | None = None
+    parts: Mapping[str, int] | None = None  # at the fullest moment: those of lmforge.predict.memory
+    moment: str | None = None
+    total: int | None = None  # of `parts`
 
     @property
     def static(self) -> int:
         """Parameters, gradients and optimizer states."""
         return (self.params or 0) + (self.grads or 0) + (self.optimizer or 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Band:
+    """A prediction and the range that most measurements fall in."""
+
+    low: float
+    expected: float
+    high: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +58,15 @@ class Cost:
     train_flops: float | None = None
     peak_bytes_per_device: PeakBytes = field(default_factory=PeakBytes)
     communication: Mapping[str, int] | None = None  # bytes a device sends in an optimizer step, by collective; empty is none
-    seconds: float | None = None
+    step_seconds: Band | None = None
+    step_parts: Mapping[str, float] | None = None  # seconds of an optimizer step, by what they go to
+    tokens_per_second: float | None = None
+    mfu: float | None = None  # of `train_flops` a token
+    hfu: float | None = None  # with what is computed again
+    seconds: float | None = None  # of all steps
     device_hours: float | None = None
+    money: float | None = None  # in the currency of hardware.price_per_device_hour
+    energy_kwh: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

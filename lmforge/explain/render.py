@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from lmforge.explain.changes import flatten
-from lmforge.explain.words import gib
-from lmforge.plan import Plan, Step
+from lmforge.explain.words import duration, gib, plain
+from lmforge.plan import Cost, Plan, Step
 
 FLOPS = "FLOPs: 6N + 6LdT per token, N active parameters (embeddings included), causal attention"
 
@@ -75,8 +75,28 @@ def details(step: Step) -> Iterator[str]:
     parts = ", ".join(f"{name} {gib(getattr(peak, name))}" for name in ("params", "grads", "optimizer"))
     mesh = " x ".join(f"{axis} {size}" for axis, size in step.placement.mesh.items() if size > 1)
     yield f"static memory {gib(peak.static)} a device ({parts}) on {step.placement.devices} device(s){f', mesh {mesh}' if mesh else ''}"
+    if peak.total is not None and peak.parts:
+        found = ", ".join(f"{name} {gib(size)}" for name, size in sorted(peak.parts.items(), key=lambda one: -one[1]))
+        yield f"peak memory {gib(peak.total)} a device, in {peak.moment} ({found})"
+    if cost.step_seconds:
+        yield from _time(cost)
     if cost.communication:
         sent = ", ".join(f"{kind.replace('_', '-')} {gib(size)}" for kind, size in cost.communication.items())
         yield f"communication a step and device: {sent}"
     options = ", ".join(f"{key} {value}" for key, value in flatten(step.placement.strategy).items() if key != "strategy")
     yield f"strategy {step.placement.strategy['strategy']}: {options}"
+
+
+def _time(cost: Cost) -> Iterator[str]:
+    """Seconds of a step with their band and what they go to, and all steps with what they cost."""
+    band = cost.step_seconds
+    assert band is not None
+    assert cost.step_parts is not None
+    assert cost.seconds is not None
+    used = "" if cost.mfu is None else f", MFU {cost.mfu:.2f}, HFU {cost.hfu:.2f}"
+    yield f"{duration(band.expected)} a step ({duration(band.low)} to {duration(band.high)}), {plain(cost.tokens_per_second or 0)} tokens/s{used}"
+    parts = ", ".join(f"{name} {100 * taken / band.expected:.0f} %" for name, taken in sorted(cost.step_parts.items(), key=lambda one: -one[1]))
+    yield f"of a step: {parts}"
+    paid = "" if cost.money is None else f", {cost.money:,.0f} in money"
+    energy = "" if cost.energy_kwh is None else f", {cost.energy_kwh:,.3g} kWh"
+    yield f"{duration(cost.seconds)} in all, {cost.device_hours:,.3g} device-hours{paid}{energy}"

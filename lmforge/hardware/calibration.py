@@ -53,6 +53,7 @@ class Calibration:
     memory: float  # bytes/s of a kernel that only moves data
     update: float  # bytes/s of the fused AdamW, 28 a float32 element
     launch: float  # seconds that the host takes to start a kernel
+    step: float  # seconds of a step on cpu that are no kernel's: the loop, its batch, clipping, logging; a GPU's host does them beside it
     loader: float  # tokens/s that one process reads and packs
     bandwidth: float | None  # bytes/s between two ranks in an all-reduce; None where there is one GPU
     latency: float | None  # seconds of a step of it

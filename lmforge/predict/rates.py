@@ -28,6 +28,7 @@ class Rates:
     memory: float  # bytes/s
     update: float  # bytes/s of the optimizer
     launch: float  # seconds a kernel
+    step: float  # seconds a step beside all kernels
     loader: float  # tokens/s of a process
     exposed: float
     residual: float  # times attention, elementwise kernels and launches
@@ -85,6 +86,7 @@ def _prior(machine: Machine, dtype: str, devices: int) -> Rates:
         memory=memory,
         update=memory,
         launch=factors.launch,
+        step=0.0,
         loader=factors.loader,
         exposed=factors.exposed,
         residual=1.0,
@@ -114,6 +116,7 @@ def _measured(machine: Machine, known: Calibration, dtype: str, devices: int) ->
         memory=known.memory * share,
         update=known.update * share,
         launch=known.launch * known.learned,
+        step=known.step * known.learned,
         loader=known.loader,
         exposed=factors.exposed,
         residual=known.residual,

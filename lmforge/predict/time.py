@@ -94,6 +94,7 @@ def _parts(job: Job, work: Workload, found: Rates) -> dict[str, float]:
     parts |= _traffic(job, busy, work.accumulation, found)
     parts["optimizer"] = update(job, found)
     parts["offload"] = offloaded(job, found)
+    parts["loop"] = found.step
     if work.before:
         parts["scoring"] = sum(one.times * _scored(job, one, found) for one in work.before)
     if work.rollout:

@@ -21,6 +21,7 @@ from lmforge.runtime.measure_links import all_reduce
 from lmforge.runtime.measure_step import Model, job, run, spread, write_tokens
 
 CPU_STEP = Model(hidden=128, layers=4, heads=4, intermediate=384, vocab=2048, rows=4, length=256)
+TINY = Model(hidden=16, layers=1, heads=1, intermediate=32, vocab=64, rows=1, length=16)  # whose steps are hardly more than the loop around them
 GPU_STEP = Model(hidden=1024, layers=8, heads=8, intermediate=2816, vocab=32000, rows=4, length=2048)
 STEPS = {"cpu": 16, "cuda": 30}
 LEAST = 0.05  # of a residual: a step that was faster than its products alone was measured on a machine that changed
@@ -33,10 +34,11 @@ def measure(links: bool = True, output: str | Path | None = None) -> Calibration
     model = GPU_STEP if device.type == "cuda" else CPU_STEP
     planned = job(model, STEPS[device.type], "bf16" if device.type == "cuda" else "fp32")
     with tempfile.TemporaryDirectory(prefix="lmforge-calibrate-") as folder:
-        tokens = write_tokens(Path(folder), model.vocab, model.length, 2 * model.rows * model.length * STEPS[device.type])
+        tokens = write_tokens(Path(folder) / "step", model.vocab, model.length, 2 * model.rows * model.length * STEPS[device.type])
         read = loader(tokens, model.length)
         before = kernels(device)
         steps = run(planned, tokens)
+        loop, empty = _loop(Path(folder)) if device.type == "cpu" else (None, [])
         rates = _middle([before, kernels(device)])
     pair = all_reduce(device.type == "cuda") if links and (device.type == "cpu" or torch.cuda.device_count() > 1) else None
     found = Calibration(
@@ -50,6 +52,7 @@ def measure(links: bool = True, output: str | Path | None = None) -> Calibration
         torch=torch.__version__,
         measured_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **dataclasses.asdict(rates) | {"attention": rates.attention},
+        step=0.0,
         loader=read,
         bandwidth=pair[0] if pair else None,
         latency=pair[1] if pair else None,
@@ -58,11 +61,19 @@ def measure(links: bool = True, output: str | Path | None = None) -> Calibration
         learned=1.0,
         learned_from=0,
     )
+    if loop is not None:
+        found = dataclasses.replace(found, step=max(0.0, statistics.median(empty) - _predicted(machine, found, loop)))
     found = dataclasses.replace(found, residual=residual(machine, found, planned, statistics.median(steps)))
     if output is None:
         return found
     ratio, count = correction(output, dataclasses.replace(machine, calibration=found))
     return dataclasses.replace(found, learned=ratio, learned_from=count)
+
+
+def _loop(folder: Path) -> tuple[Job, list[float]]:
+    """A stage with next to nothing to compute, and seconds of its steps."""
+    planned = job(TINY, STEPS["cpu"], "fp32")
+    return planned, run(planned, write_tokens(folder / "tiny", TINY.vocab, TINY.length, 10_000))
 
 
 def here() -> Machine:

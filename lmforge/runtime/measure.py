@@ -167,7 +167,7 @@ def _unit(device: torch.device) -> Rates:
     units = torch.cuda.get_device_properties(device).multi_processor_count if gpu else None
     return Rates(
         gpu=gpu, units=units, matmul=1.0, prologue=PROLOGUE if gpu else 0.0, attention=1.0, attention_backward=1.0, masked=1.0, masked_backward=1.0,
-        memory=float("inf"), update=1.0, launch=0.0, loader=1.0, exposed=1.0, residual=1.0, within=None, between=None, host=None, devices_per_node=1,
+        memory=float("inf"), update=1.0, launch=0.0, step=0.0, loader=1.0, exposed=1.0, residual=1.0, within=None, between=None, host=None, devices_per_node=1,
         measured=True,
     )  # fmt: skip
 

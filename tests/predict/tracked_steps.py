@@ -19,8 +19,8 @@ sys.path.append(str(Path(__file__).parent))
 
 import numpy as np
 import torch
-from memory_cells import Cell, placement, predicted, rows_per_step, stage_of, steps, with_batch
 from live_bytes import Live
+from memory_cells import Cell, placement, predicted, rows_per_step, stage_of, steps, with_batch
 
 import lmforge
 from lmforge.formats.tokens import Meta, SplitWriter, write_meta

@@ -58,14 +58,16 @@ def test_plans_here_are_timed_with_it(found: dict[str, Any]) -> None:
 def test_finished_runs_correct_it(cli: Callable[..., Any], rows: Path, tmp_path: Path, found: dict[str, Any]) -> None:
     """A step that took half as long again as the calibration says moves it by so much."""
     words = ("stage=pretrain", "data=text", f"data.path={rows}", "eval=none", "track=none", "model.max_position_embeddings=64")
-    answer = cli("run", *words, "stage.pretrain.budget.steps=6", "stage.pretrain.optimizer.global_batch_tokens=512", f"output={tmp_path / 'runs'}")
+    steps = ("stage.pretrain.budget.steps=6", "stage.pretrain.optimizer.global_batch_tokens=512")
+    answer = cli("run", *words, *steps, f"output={tmp_path / 'runs'}")
     assert answer.code == 0, answer.err
     known, _ = calibrated(machine("here"), found["cwd"] / "outputs")
-    ratio, count = correction(tmp_path / "runs", known)
-    assert count == 1
+    assert correction(tmp_path / "runs", known)[1] == 1
+    predicted = seconds(planned(*words, "hardware=here", *steps)[0], known)
+    assert predicted is not None
     file = next((tmp_path / "runs" / "steps").glob("pretrain-*/step.json"))
     record = json.loads(file.read_text())
-    record["measured"]["step_seconds"] = 1.5 * record["measured"]["step_seconds"] / ratio
+    record["measured"]["step_seconds"] = 1.5 * predicted.total
     file.write_text(json.dumps(record))
     assert correction(tmp_path / "runs", known) == (pytest.approx(1.5), 1)
     assert correction(tmp_path / "nothing", known) == (1.0, 0)
