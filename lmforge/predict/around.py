@@ -25,7 +25,9 @@ class Around:
     """Bytes of buffers while something runs; one device has none."""
 
     always: int = 0
+    moving: int = 0  # more while gradients are on their way, in backward
     reduces: bool = False  # gradients of a layer go to their owners as soon as they are there
+    waits: bool = True  # but for those of the head, which go with the embedding's
     kept_grads: int = 0  # of a layer, of the rank's own part; 0 where they are there already
 
     ahead: int = 1  # layers that a layer's backward gathers while it runs
@@ -42,21 +44,21 @@ class Around:
 
     def backward(self, layer: int, layers: int) -> int:
         """In a layer's backward."""
-        return self.always
+        return self.always + self.moving
 
     def reducing(self, layer: int) -> int:
         """After a layer's backward, while its gradients go to their owners."""
-        return self.always
+        return self.always + self.moving
 
     @property
     def embedding(self) -> int:
         """In the embedding's backward."""
-        return self.always
+        return self.always + self.moving
 
     @property
     def ending(self) -> int:
         """While what lies outside the layers is reduced."""
-        return self.always
+        return self.always + self.moving
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def around(job: Job, held: Static, accelerator: Accelerator, number: int = 0) ->
     """Of the stage's own parallel option, on the device that `held` is of, for one of the networks that are trained."""
     parallel = job.stage.parallel
     if parallel.flat:
-        return Around(always=_zero(job))
+        return _zero(job)
     if parallel.type == "ddp" and job.placement.devices > 1:
         return _buckets(job)
     mesh = job.mesh
@@ -201,11 +203,16 @@ def _buckets(job: Job) -> Around:
     return Buckets(bucket=min(max(BUCKET, largest), parameters(trained) * param), layer_grads=learned, copy=reduce / param)
 
 
-def _zero(job: Job) -> int:
+def _zero(job: Job) -> Around:
     """DeepSpeed 0.19 (runtime/zero/stage_1_and_2.py, stage3.py): a float32 master copy of the rank's part though weights are float32 already, a bucket that
     gradients are copied into, and in stage 3 the weights that are gathered: those used again within a thousand million elements are not let go."""
     parallel, precision, devices = job.stage.parallel, job.stage.precision, job.placement.devices
     trained, everything = parameters(job.load.trained), parameters((*job.load.trained, *job.load.base))
     master = 0 if parallel.offloads("optimizer") else -(-trained // devices) * 4
     gathered = min(everything, ZERO_LIVE + ZERO_PREFETCH) * precision.param_bytes if parallel.shard_degree("params", devices) > 1 else 0
-    return master + ZERO_BUCKET * precision.param_bytes + gathered
+    always = master + ZERO_BUCKET * precision.param_bytes + gathered
+    if parallel.shard_degree("grads", devices) == 1:
+        return Around(always=always)
+    learned = sum(math.prod(one.shape) for one in job.load.trained if "{layer}" in one.name) * precision.param_bytes
+    moving = min(trained, ZERO_BUCKET) * precision.param_bytes  # a full bucket is put together once more
+    return Around(always=always, moving=moving, reduces=True, waits=False, kept_grads=0 if job.accumulation > 1 else -(-learned // devices))

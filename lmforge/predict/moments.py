@@ -114,7 +114,7 @@ class Graph:
 
     def backward(self) -> Iterator[Moment]:
         around, whole = self.around, "buffers" if self.around.reduces else "grads"
-        left = {whole: self.head.grads if self.headed else 0}
+        left = {whole: self.head.grads if self.headed and around.waits else 0}
         if self.headed:
             yield "loss, backward", plus({"activations": self.before(self.layers), "buffers": around.scored}, parts(self.head.backward, whole))
         # A tied table's head gradient waits under accumulation, and as a view, so that the embedding's is added out of place.

@@ -120,7 +120,7 @@ def _run(job: Job, one: Pass, accelerator: Accelerator, attended: tuple[Attended
         compiled=parallel.compile,
         frozen=bool(job.load.base),
         adapter=low_rank(job),
-        accumulated=kept(job) and not sharded(job),  # FSDP2's whole gradients are new ones each time
+        accumulated=kept(job) and not reduced(job),
         attended=attended,
         tp=tp,
         splits=tuple((name.rpartition("{layer}.")[2], style) for name, style in split),
@@ -130,6 +130,11 @@ def _run(job: Job, one: Pass, accelerator: Accelerator, attended: tuple[Attended
 def kept(job: Job) -> bool:
     """Whether gradients are there before backward: of earlier micro-batches, or as DDP's buckets, which never go."""
     return job.accumulation > 1 or (job.stage.parallel.type == "ddp" and job.placement.devices > 1)
+
+
+def reduced(job: Job) -> bool:
+    """Whether a layer's whole gradients go to their owners at once, so that they are new ones for every micro-batch."""
+    return sharded(job) or (job.stage.parallel.flat and job.stage.parallel.shard_degree("grads", job.placement.devices) > 1)
 
 
 def sharded(job: Job) -> bool:

@@ -53,9 +53,8 @@ def said(found: Calibration) -> list[str]:
     lines.append(f"data              {found.loader / 1e6:,.1f} M tokens/s a process")
     if found.bandwidth and found.latency is not None:
         lines.append(f"two ranks         {found.bandwidth / 1e9:,.2f} GB/s, {1e6 * found.latency:.0f} us")
-    lines.append(
-        f"a training step   {found.residual:.2f} times these kernels besides products and update (noise {100 * found.noise:.0f} %), and {1e3 * found.step:.1f} ms around it"
-    )
+    lines.append(f"a training step   {found.residual:.2f} times these kernels besides products and update (noise {100 * found.noise:.0f} %)")
+    lines.append(f"around a step     {1e3 * found.step:.1f} ms of the loop")
     if found.learned_from:
         lines.append(f"finished runs     {found.learned:.2f} times that, by {found.learned_from} training steps of this store")
     return lines

@@ -22,9 +22,8 @@ def measured(of: str = "cpu", **change: Any) -> Calibration:
     at = machine(of)
     found = Calibration(
         format=FORMAT, fingerprint=at.fingerprint, name=at.name, accelerator=at.accelerator, threads=2, devices=at.devices, units=at.units, torch="2",
-        measured_at="2026-11-23T00:00:00+00:00", matmul={"float32": 5e10}, attention={"float32": FLAT}, memory=2e10, update=1e10, launch=2e-6, step=5e-3, loader=1e7,
-        bandwidth=1e9, latency=1e-4, residual=1.2, noise=0.05, learned=1.0,
-        learned_from=0,
+        measured_at="2026-11-23T00:00:00+00:00", matmul={"float32": 5e10}, attention={"float32": FLAT}, memory=2e10, update=1e10, launch=2e-6, step=5e-3,
+        loader=1e7, bandwidth=1e9, latency=1e-4, residual=1.2, noise=0.05, learned=1.0, learned_from=0,
     )  # fmt: skip
     return dataclasses.replace(found, **change)
 

@@ -15,7 +15,7 @@ from lmforge.compose.catalog import Catalog
 from lmforge.optimizer.nodes import Optimizer
 from lmforge.parallel.layout import data_degree
 from lmforge.parallel.nodes import Parallel
-from lmforge.precision.nodes import Mixed
+from lmforge.precision.nodes import Precision
 from lmforge.predict.job import Job
 from lmforge.predict.memory import HELD_OUT, Peak, peaks
 from lmforge.registry import lookup
@@ -82,7 +82,9 @@ def stage_of(cell: Cell) -> TrainingStage:
         "seed": 0, "init_from": None, "seq_len": cell.seq_len, "budget": Budget(tokens=None, steps=STEPS, flops=None, tokens_per_parameter=None), "data": None,
         "model": None, "log_every": STEPS, "save_every_s": 1e9,
         "optimizer": option(Optimizer, "optimizer", cell.optimizer, {"global_batch_tokens": None, **change("optimizer")}),
-        "precision": Mixed(param_dtype=cell.param_dtype, compute_dtype=cell.compute_dtype, reduce_dtype=cell.reduce_dtype, buffer_dtype="float32", loss_scale=None),
+        "precision": option(
+            Precision, "precision", "fp32", {"param_dtype": cell.param_dtype, "compute_dtype": cell.compute_dtype, "reduce_dtype": cell.reduce_dtype}
+        ),
         "parallel": option(
             Parallel, "parallel", cell.layout, {"activation_checkpointing": cell.checkpointing, "data_workers": 0, **change("parallel")}
         ),

@@ -55,7 +55,7 @@ def walks(cell: Cell) -> int:
 def test_work_does_not_grow_with_layers_or_devices() -> None:
     small = Cell(llama(128, 4, 4, 4, 256, 2048, tied=False), "pretrain", 128, 2)
     large = Cell(llama(8192, 80, 64, 8, 28672, 128256, tied=False), "pretrain", 4096, 1, layout="3d", devices=512, accumulation=8)
-    assert walks(small) == 3
+    assert walks(small) == 2
     assert walks(large) <= 2 * walks(small)  # in a pipeline with gradients there, and without
 
 
