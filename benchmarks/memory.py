@@ -17,8 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path += [str(ROOT / "tests" / "predict"), str(ROOT / "benchmarks")]
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "predict"))
 
 import torch
 import torchtune_rows
@@ -26,6 +25,7 @@ from memory_cells import Cell
 from tiny_models import FAMILIES, llama
 from tracked_steps import compared, on_ranks
 
+ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 NANO, MICRO = llama(64, 4, 2, 2, 176, 2048), llama(128, 4, 4, 4, 256, 2048)
 M6, M25, M50 = llama(256, 6, 4, 2, 704, 8192, tied=False), llama(512, 8, 8, 8, 1408, 8192), llama(640, 10, 10, 5, 1728, 8192, tied=False)
@@ -57,7 +57,8 @@ SPREAD = [
     Cell(SMALL, "pretrain", 128, 2, layout="ddp", **TWO), Cell(DEEP, "pretrain", 32, 1, layout="ddp", reduce_dtype="bfloat16", **TWO, **BF16),
     Cell(DEEP, "pretrain", 64, 1, layout="fsdp", **TWO), Cell(DEEP, "pretrain", 64, 2, layout="fsdp", **TWO, **FULL, **BF16),
     Cell(DEEP, "pretrain", 64, 1, layout="fsdp", accumulation=2, **TWO), Cell(DEEP, "sft", 64, 2, layout="fsdp", **TWO, **LOW),
-    Cell(DEEP, "pretrain", 64, 1, layout="fsdp", changes={"parallel": {"reshard_after_forward": False}}, **TWO), Cell(SMALL, "dpo", 128, 2, layout="fsdp", **TWO),
+    Cell(DEEP, "pretrain", 64, 1, layout="fsdp", changes={"parallel": {"reshard_after_forward": False}}, **TWO),
+    Cell(SMALL, "dpo", 128, 2, layout="fsdp", **TWO),
     Cell(SMALL, "pretrain", 128, 2, layout="tp", **TWO), Cell(FAMILIES["qwen3"], "pretrain", 128, 2, layout="tp", **TWO),
     Cell(SMALL, "pretrain", 128, 2, layout="pp", accumulation=4, **TWO),
     Cell(SMALL, "pretrain", 128, 2, layout="pp", accumulation=4, changes={"parallel": {"pp_schedule": "gpipe"}}, **TWO),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 W = 2  # bytes: bfloat16 everywhere
 EVERY = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
-MATRICES = EVERY - {"k"}  # with what 3B's configs call lora_attn_modules q, v, output
+MATRICES = EVERY - {"k"}  # of llama3_2/3B's LoRA: lora_attn_modules q, v, output, and lora_apply_to_mlp
 
 
 @dataclass(frozen=True)

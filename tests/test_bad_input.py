@@ -65,7 +65,7 @@ GROUPS_AND_KEYS = [
     ("plan stage=dpo model=1b hardware=h100x1 stage.dpo.bta=0.2", "stage.dpo.bta", "unknown key", "did you mean 'beta'?"),
     ("plan stage=dpo model=1b hardware=h100x1 +stage.dpo.bta=0.2", "stage.dpo.bta", "unknown key", "did you mean 'beta'?"),
     ("plan stage=dpo model=1b hardware=h100x1 ++stage.dpo.optimizer.lrr=1", "stage.dpo.optimizer.lrr", "unknown key", "did you mean 'lr'?"),
-    ("plan hardware.devices=4 stage=pretrain", "hardware.devices", "unknown key", "one of: peak_flops"),
+    ("plan hardware.devices=4 stage=pretrain", "hardware.devices", "unknown key", "type hardware=a100x1 hardware.devices=4, or one of: "),
     ("plan quantize.group_size=8 stage=pretrain", "quantize.group_size", "unknown key", ""),
     ("plan track.projct=2 stage=pretrain", "track.projct", "unknown key", "did you mean 'project'?"),
     ("plan optimizer.type=sgd stage=pretrain", "optimizer.type", "an option brings its own keys", "type optimizer=<option>"),

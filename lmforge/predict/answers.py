@@ -27,15 +27,16 @@ def drawing(job: Job, rollout: Rollout, accelerator: Accelerator) -> Iterator[Mo
     run = Run(
         rows=rollout.sequences, length=prompt, param=param, compute=compute, kernel=kernel(job, accelerator, masked=True), masked=True, frozen=True
     )  # fmt: skip
-    # Rotary tables have the residual stream's dtype, and so have the keys that they turn.
-    keys, values = (rollout.sequences * shape.keys * width for width in (max(param, compute) if shape.rotary_dim else compute, compute))
+    # Rotary tables have the residual stream's dtype, and so have the keys that they turn, and a layer's cache all of it.
+    width = max(param, compute) if shape.rotary_dim else compute
+    both = 2 * rollout.sequences * shape.keys * width
     read = run.tokens * param
     copies = parameters(job.load.trained) * compute if run.autocast and not job.load.base else 0
     around = read * (shape.hidden + 2 * shape.rotary_dim) + run.rows * prompt**2 + copies
-    last = (keys + values) * prompt  # which the walk has too
-    yield "reading prompts", {"cache": shape.layers * (keys + values) * prompt, "activations": walk.without_gradient(shape, run) + around - last}
+    last = 0 if width != compute else both * prompt  # which the walk has too, where the kernel takes no copy of them
+    yield "reading prompts", {"cache": shape.layers * both * prompt, "activations": walk.without_gradient(shape, run) + around - last}
     words = rollout.sequences * shape.vocab
-    yield "drawing answers", {"cache": (shape.layers * (keys + values) + keys) * length, "logits": words * (param + 4 + 8), "activations": copies}
+    yield "drawing answers", {"cache": (shape.layers * both + both // 2) * length, "logits": words * (param + 4 + 8), "activations": copies}
 
 
 def held_out(job: Job, rollout: Rollout) -> Parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
+import torchtune_rows
 from published import deepspeed_zero2, deepspeed_zero3, korthikanti, zero_bytes
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -55,3 +58,17 @@ def test_korthikantis_activations() -> None:
             assert round(here, 4) == value, (row, mode)
             found += 1
     assert found == 24
+
+
+def test_torchtunes_measured_peaks() -> None:
+    """Of the rows that state lengths; the 405B one states a batch that cannot have been (benchmarks/torchtune_rows.py)."""
+    with (DATA / "memory_measurements.csv").open() as file:
+        rows = {row["id"]: row for row in csv.DictReader(file)}
+    errors = {}
+    for name, settings in torchtune_rows.ROWS.items():
+        if name in rows:
+            measured = float(rows[name]["mem_value"]) * (GIB if "GiB" in rows[name]["mem_unit"] else 1e9)
+            errors[name] = abs(max(torchtune_rows.moments(settings).values()) / measured - 1)
+    assert len(errors) == 17
+    assert statistics.median(errors.values()) <= 0.05
+    assert max(error for name, error in errors.items() if name != "tune1.7") <= 0.12

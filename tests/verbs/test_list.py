@@ -133,7 +133,7 @@ def test_help_names_every_verb_and_group(cli: Cli) -> None:
 
     answer = cli("--help")
     assert answer.code == 0
-    assert set(VERBS) == {"compare", "diff", "export", "generate", "list", "merge", "plan", "rank", "run"}
+    assert set(VERBS) == {"calibrate", "compare", "diff", "export", "generate", "list", "merge", "plan", "rank", "run"}
     assert all(f"  {word} " in answer.out for word in (*VERBS, *CATALOG.options))
 
 
