@@ -3,7 +3,7 @@
     python benchmarks/memory.py [--data ../shared/data] [--write]
 
 The 24 cells are model x stage x adapter x checkpointing x length x micro-batch, 0.3M to 50M parameters; 22 more vary precision, attention, accumulation,
-families and optimizers, and 14 run on two ranks over gloo, whose buffers come and go in its own time.
+families and optimizers, and 14 run on two ranks over gloo, which keeps what it sends for a moment, so that the least of five steps counts.
 """
 
 from __future__ import annotations

@@ -120,8 +120,8 @@ def predicted(cell: Cell, accelerator: str = "cpu") -> Peak:
 
 
 def steps(cell: Cell) -> int:
-    """So many that the last one makes answers, where a stage does."""
-    return getattr(stage_of(cell), "updates", STEPS - 1) + 1
+    """So many that the last one makes answers, where a stage does; on several ranks some more."""
+    return getattr(stage_of(cell), "updates", STEPS - 1 if cell.devices == 1 else 5) + 1
 
 
 def rows_per_step(cell: Cell) -> int:

@@ -57,6 +57,6 @@ def test_a_step_takes_what_was_said(cell: Cell, tmp_path: Path) -> None:
 
 
 def test_ranks_take_what_was_said(tmp_path: Path) -> None:
-    """On the fullest rank. gloo lets go of what it sends when it pleases, so that more than what was said may live for a moment."""
+    """On the fullest rank, within what gloo keeps for a moment longer."""
     for line in on_ranks(SPREAD, tmp_path, 2):
-        assert -0.05 <= line["error"] <= 0.05, line
+        assert -0.03 <= line["error"] <= 0.05, line
