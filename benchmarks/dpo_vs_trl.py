@@ -91,8 +91,9 @@ def ours(home: Path, steps: int) -> float:
     )  # fmt: skip
     recipe = Recipe(
         steps=steps, rows_per_step=PAIRS_PER_STEP, seq_len=PROMPT + RESPONSE, seed=0, optimizer=optimizer, param_dtype="float32", compute_dtype="float32",
-        reduce_dtype="float32", buffer_dtype="float32", loss_scale=None, parallel=Single(micro_batch_size=PAIRS_PER_STEP, activation_checkpointing="none", compile=False),
-        log_every=steps, save_every_s=1e9,
+        reduce_dtype="float32", buffer_dtype="float32", loss_scale=None, log_every=steps, save_every_s=1e9, parallel=Single(
+            micro_batch_size=PAIRS_PER_STEP, activation_checkpointing="none", compile=False, data_workers=0, max_restarts=0, grace_s=60.0,
+        ),
     )  # fmt: skip
     models = [build.from_folder(home / "model") for _ in BETAS]
     with tempfile.TemporaryDirectory() as folder:
