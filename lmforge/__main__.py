@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import pkgutil
 import sys
@@ -10,6 +11,8 @@ from lmforge import verbs
 from lmforge.errors import ConfigError, LmforgeError, did_you_mean
 
 VERBS = tuple(sorted(module.name for module in pkgutil.iter_modules(verbs.__path__) if not module.name.startswith("_")))
+
+BRIEF = ("compare", "diff", "list", "plan")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,5 +41,16 @@ def split(words: list[str]) -> tuple[str, list[str]]:
     return words[0], words[1:]
 
 
+def process() -> int:
+    """This process's own command line. Verbs that read and print make next to no garbage: it is looked for a hundred times less often, not at the end."""
+    brief = sys.argv[1:2] and sys.argv[1] in BRIEF
+    if brief:
+        gc.set_threshold(100 * gc.get_threshold()[0])
+    code = main()
+    if brief:
+        gc.freeze()
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(process())

@@ -7,18 +7,24 @@ Values live in YAML; a class says type, unit, range and meaning, and never a sec
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
-import importlib.metadata
+import importlib.machinery
 import math
 import operator
+import os
 import pkgutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform
 
 from lmforge.errors import ConfigError, Problem, did_you_mean
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 PLUGINS = "lmforge.plugins"
 
@@ -65,6 +71,26 @@ class Node:
         """Problems of this node by itself; relations between nodes belong to the compiler's `validate`."""
         yield from ()
 
+    # As `dataclass` would write them, once for all nodes: it compiles each method of each class anew, whenever they are imported.
+    def __eq__(self, other: object) -> bool:
+        return self._values() == other._values() if isinstance(other, Node) and type(self) is type(other) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def __repr__(self) -> str:
+        cls: Any = type(self)
+        return f"{cls.__qualname__}({', '.join(f'{name}={getattr(self, name)!r}' for name in _names(cls))})"
+
+    def _values(self) -> tuple[Any, ...]:
+        cls: Any = type(self)
+        return tuple(getattr(self, name) for name in _names(cls))
+
+
+@functools.cache
+def _names(cls: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))
+
 
 N = TypeVar("N", bound=Node)
 _NODES: dict[str, dict[str, type[Node]]] = {}
@@ -73,7 +99,7 @@ _NODES: dict[str, dict[str, type[Node]]] = {}
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def node(cls: type[N]) -> type[N]:
     """A node that is not chosen by `type:` (a part of another one, such as a budget)."""
-    return dataclass(frozen=True, kw_only=True)(cls)
+    return dataclass(frozen=True, kw_only=True, eq=False, repr=False)(cls)
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -81,7 +107,7 @@ def register(group: str, type_: str) -> Callable[[type[N]], type[N]]:
     """Make a class the option that `type: <type_>` names within `group`."""
 
     def decorate(cls: type[N]) -> type[N]:
-        cls = dataclass(frozen=True, kw_only=True)(cls)
+        cls = dataclass(frozen=True, kw_only=True, eq=False, repr=False)(cls)
         known = _NODES.setdefault(group, {})
         if type_ in known and known[type_].__module__ != cls.__module__:
             raise ConfigError(f"{group}: {type_}", f"registered twice, by {known[type_].__module__} and {cls.__module__}")
@@ -118,6 +144,28 @@ def load() -> None:
         plugin.load()
 
 
-def plugins() -> tuple[importlib.metadata.EntryPoint, ...]:
+@functools.cache
+def plugins() -> tuple[EntryPoint, ...]:
     """Installed entry points in the group `lmforge.plugins`, by name."""
-    return tuple(sorted(importlib.metadata.entry_points(group=PLUGINS), key=lambda point: point.name))
+    own = any(finder is not importlib.machinery.PathFinder and hasattr(finder, "find_distributions") for finder in sys.meta_path)
+    if not own and not any(map(_may_declare, sys.path)):
+        return ()
+    from importlib import metadata  # to import it and to read every package costs as much as all other planning: only where one may be found
+
+    return tuple(sorted(metadata.entry_points(group=PLUGINS), key=lambda point: point.name))
+
+
+def _may_declare(place: str) -> bool:
+    """Whether a folder of `sys.path` has a package whose entry points name our group; a zip is not looked into, so it may."""
+    try:
+        names = os.listdir(place or ".")
+    except NotADirectoryError:
+        return True
+    except OSError:
+        return False
+    for name in names:
+        if name.lower().endswith((".dist-info", "egg-info")):
+            file = os.path.join(place, name, "entry_points.txt")
+            if os.path.isfile(file) and PLUGINS.encode() in Path(file).read_bytes():
+                return True
+    return False

@@ -196,10 +196,10 @@ RELATIONS = [
     ("plan stage=pretrain precision.compute_dtype=float16", "precision.loss_scale", "must be set", "precision.loss_scale=65536"),
     ("plan stage=pretrain optimizer.schedule=wsd optimizer.schedule.warmup=0.9", "optimizer.schedule.decay", "more than all steps", "at most 1"),
     ("plan stage=pretrain model.revision=main", "model.revision", "weights that are not named", "set model.pretrained"),
-    ("plan stage=pretrain model=7b hardware=cpu", "pretrain", "needs 108.8 GiB on each of 1 device(s)", "type a smaller model="),
-    ("plan stage=dpo model=7b hardware=cpu", "dpo", "needs 108.8 GiB on each of 1 device(s)", "type a smaller model="),
-    ("plan stage=pretrain model=70b hardware=h100x8", "pretrain", "NVIDIA H100 80GB HBM3 has 79.6 GiB for each", "parallel=fsdp"),
-    ("run stage=pretrain model=70b", "pretrain", "needs 1027.8 GiB on each of 1 device(s)", "another hardware="),
+    ("plan stage=pretrain model=7b hardware=cpu", "stage.pretrain", "of 16.0 GiB on one device of laptop, 8 cores, 16 GiB (", "plan for hardware=h200x1"),
+    ("plan stage=dpo model=7b hardware=cpu", "stage.dpo", "of 16.0 GiB on one device of laptop, 8 cores, 16 GiB (", "plan for hardware=h200x1"),
+    ("plan stage=pretrain model=70b hardware=h100x8", "stage.pretrain", "of 79.6 GiB on one device of NVIDIA H100 80GB HBM3 (", "parallel.cpu_offload=true (41.7 GiB"),
+    ("run stage=pretrain model=70b", "stage.pretrain", "GiB on one device of ", "1 device(s) would want"),
 ]
 
 DATA = [
@@ -326,7 +326,7 @@ CHECKPOINTS = [
 
 VERBS = [
     ("pln stage=dpo", "pln", "unknown verb", "did you mean 'plan'?"),
-    ("foo", "foo", "unknown verb", "one of: compare, diff,"),
+    ("foo", "foo", "unknown verb", "one of: calibrate, compare, diff,"),
     ("plan pln stage=dpo", "pln", "not an override", "write key=value"),
     ("--foo", "command line", "unrecognized arguments: --foo", "--help"),
     ("plan --foo stage=pretrain", "command line", "unrecognized arguments: --foo", "--help"),
@@ -370,7 +370,7 @@ NASTY = [
         "do not split over 3",
         "type",
     ),
-    ("plan stage=pretrain model.num_hidden_layers=1e9", "pretrain", "GiB on each of 1 device(s)", "smaller model="),
+    ("plan stage=pretrain model.num_hidden_layers=1e9", "stage.pretrain", "GiB on one device of", "smaller model="),
     ("plan stage=pretrain model.vocab_size=1e15", "tokens.text.vocab_size", "ids do not fit in 32 bits", ""),
     # Keys inside a group that another layer replaced.
     ("plan stage=pretrain stage.pretrain.parallel=ddp parallel.devices=2 hardware=cpu", "parallel.devices", "unknown key", "micro_batch_size"),
@@ -490,8 +490,8 @@ def test_large_round_numbers_are_whole_numbers(plan_of: Callable[..., Any]) -> N
 def test_a_7b_model_names_what_it_needs_and_what_is_here(cli: Callable[..., Any]) -> None:
     """Parameters, gradients and optimizer states in GiB on one side, this machine's memory on the other."""
     answer = cli("plan", "stage=pretrain", "model=7b", "hardware=cpu")
-    assert "params 27.2, grads 27.2, optimizer 54.4" in answer.err
-    assert "laptop, 8 cores, 16 GiB has 16.0 GiB" in answer.err
+    assert "(optimizer 54.4 GiB, params 27.2 GiB, grads 27.2 GiB)" in answer.err
+    assert "of 16.0 GiB on one device of laptop, 8 cores, 16 GiB" in answer.err
 
 
 def test_nothing_that_a_config_names_is_ever_run(cli: Callable[..., Any], tmp_path: Path) -> None:

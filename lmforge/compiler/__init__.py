@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lmforge.compiler.auto import auto
 from lmforge.compiler.estimate import estimate
 from lmforge.compiler.expand import expand
 from lmforge.compiler.place import place
@@ -11,7 +12,7 @@ from lmforge.errors import PlanError, did_you_mean
 from lmforge.experiment import Experiment
 from lmforge.plan import Plan
 
-PASSES = (expand, validate, resolve, place, estimate)
+PASSES = (expand, validate, resolve, auto, place, estimate)
 
 
 def compile(experiment: Experiment, until: str = "estimate") -> Plan:

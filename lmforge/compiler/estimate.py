@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from lmforge.compiler.machine import machine_of
 from lmforge.compiler.resolve import flops_per_token
 from lmforge.compiler.scaling import scaled
-from lmforge.errors import PlanError
 from lmforge.hardware.nodes import Machine
 from lmforge.model.weights import ParamCount, count
 from lmforge.plan import Band, Cost, PeakBytes, Plan, Step
@@ -17,21 +17,19 @@ from lmforge.predict.demand import moved
 from lmforge.predict.job import Job
 from lmforge.predict.memory import peak
 from lmforge.predict.money import bill
-from lmforge.predict.time import seconds
+from lmforge.predict.time import missing, seconds
 from lmforge.stage.base import TrainingStage, parameters
-
-GIB = 2**30
 
 
 def estimate(plan: Plan) -> Plan:
-    """The plan with costs; PlanError where the static memory alone does not fit the device."""
+    """The plan with costs."""
     config = plan.experiment.model.config()
     params = count(config)
-    machine = plan.experiment.hardware.machine()
-    return scaled(dataclasses.replace(plan, steps=tuple(_at_best(_fits(_costed(step, params, machine, config), machine), machine) for step in plan.steps)))
+    machine, here = machine_of(plan), plan.experiment.hardware.type == "here"
+    return scaled(dataclasses.replace(plan, steps=tuple(_costed(step, params, machine, config, here) for step in plan.steps)))
 
 
-def _costed(step: Step, params: ParamCount, machine: Machine, config: Mapping[str, Any]) -> Step:
+def _costed(step: Step, params: ParamCount, machine: Machine, config: Mapping[str, Any], here: bool) -> Step:
     if not isinstance(step.spec, TrainingStage):
         if "checkpoint" not in {step.produces, *(one.kind for one in step.inputs)}:
             return step
@@ -51,8 +49,8 @@ def _costed(step: Step, params: ParamCount, machine: Machine, config: Mapping[st
         communication=stage.parallel.sends(job.cut, moved(job)),
         **_time(job, machine),
     )
-    said = "" if stage.parallel.flat else job.cut.said()
-    return dataclasses.replace(step, cost=cost, arithmetic=(*step.arithmetic, *([said] if said else [])))
+    said = ("" if stage.parallel.flat else job.cut.said(), _untimed(job, machine, here))
+    return dataclasses.replace(step, cost=cost, arithmetic=(*step.arithmetic, *filter(None, said)))
 
 
 def _memory(job: Job, machine: Machine) -> PeakBytes:
@@ -84,30 +82,8 @@ def _time(job: Job, machine: Machine) -> dict[str, Any]:
     }
 
 
-def _fits(step: Step, machine: Machine) -> Step:
-    need = step.cost.peak_bytes_per_device.static
-    room = machine.memory_per_device(step.placement.devices)
-    if need <= room:
-        return step
-    peak = step.cost.peak_bytes_per_device
-    parts = ", ".join(f"{name} {(getattr(peak, name) or 0) / GIB:.1f}" for name in ("params", "grads", "optimizer"))
-    raise PlanError(
-        step.name,
-        f"needs {need / GIB:.1f} GiB on each of {step.placement.devices} device(s) before activations ({parts}), "
-        f"and {machine.name} has {room / GIB:.1f} GiB for each",
-        "type a smaller model=, parallel=fsdp over more devices, or plan for another hardware= (list hardware)",
-    )
-
-
-def _at_best(step: Step, machine: Machine) -> Step:
-    """Where no time is predicted, with that which no run can beat: every device at its stated dense peak. A bound, no estimate: `seconds` stays null."""
-    if not isinstance(step.spec, TrainingStage) or step.cost.train_flops is None or step.cost.step_seconds is not None:
-        return step
-    dtype, devices = step.spec.precision.compute_dtype, step.placement.devices
-    peak = machine.peak_flops.of(dtype)
-    if peak is None:
-        return step
-    hours = step.cost.train_flops / (peak * devices * 3600)
-    time = f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
-    line = f"at least {time} h, with {devices} device(s) at the stated peak of {peak / 1e12:.4g} TFLOP/s ({dtype})"
-    return dataclasses.replace(step, arithmetic=(*step.arithmetic, line))
+def _untimed(job: Job, machine: Machine, here: bool) -> str:
+    """What a time would need, where there is none."""
+    keys = ", ".join(missing(job, machine))
+    instead = "type python -m lmforge calibrate" if here else "give them for a time"
+    return f"no time: {keys} not known; {instead}" if keys else ""

@@ -11,6 +11,7 @@ from lmforge.model.agree import differences
 from lmforge.model.fetch import FetchWeights
 from lmforge.model.source import local_folder, read_config
 from lmforge.model.weights import max_positions, vocab_size, weights
+from lmforge.parallel.nodes import Auto
 from lmforge.plan import Plan
 from lmforge.stage.nodes import Ppo, RewardModel, TrainingStage, Tuning
 from lmforge.tokenizer.nodes import Tokenize
@@ -146,6 +147,8 @@ def meshes(plan: Plan) -> Iterator[Problem]:
     machine, config = plan.experiment.hardware.machine(), plan.experiment.model.config()
     for named in plan.experiment.stages:
         if not isinstance(named.stage, TrainingStage) or named.stage.parallel.world(machine.devices) > machine.devices:
+            continue
+        if isinstance(named.stage.parallel, Auto):  # not chosen yet; lmforge.compiler.auto asks the same of every mesh
             continue
         try:
             mesh = named.stage.parallel.mesh(named.stage.parallel.world(machine.devices))

@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lmforge.compose.catalog import Catalog
+from lmforge.compose.merge import CONFIG, merged
 from lmforge.compose.messages import problem
 from lmforge.compose.overrides import Typed, translate
 from lmforge.errors import ConfigError
@@ -40,7 +41,6 @@ ALLOWED = (
 )
 # A config must not read the environment or files: secrets would travel into plans and logs.
 RESOLVERS = ("oc.env", "oc.decode", "oc.deprecated")
-CONFIG = "config"
 OF_SWEEPS = ("hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweeper", "hydra.sweep.")
 
 
@@ -128,6 +128,8 @@ class App:
 
     def compose(self) -> Composed:
         """One config, for one run. ConfigError where what starts the points of a sweep was chosen for it."""
+        if (found := merged(self.catalog, self.typed)) is not None:
+            return Composed(found.config, found.choices, self.typed, self.catalog)
         with self.hydra() as hydra:
             config = hydra.compose_config(CONFIG, self.overrides, run_mode=RunMode.RUN, with_log_configuration=False)
             if idle := next((one.key for one in self.typed if one.key.startswith(OF_SWEEPS)), None):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
 
+from lmforge.compose.reading import read
 from lmforge.errors import ConfigError, Problem
 from lmforge.registry import plugins
 
@@ -43,17 +44,31 @@ class Catalog:
             if not Path(config_dir).is_dir():
                 raise ConfigError("--config-dir", f"no such folder: {config_dir!r}", "give a folder that holds model/, data/, ... with YAML options")
             folders.insert(0, Path(config_dir).resolve())
-        return cls(tuple(folders), folders[0] if config_dir is not None else None)
+        return _unchanged(tuple(folders), config_dir is not None, tuple(tuple(stamps(folder)) for folder in folders))
+
+    @functools.cached_property
+    def files(self) -> dict[Path, list[Path]]:
+        """Folder -> its option files, by name."""
+        return {folder: sorted(Path(stamp[0]) for stamp in stamps(folder)) for folder in self.folders}
+
+    @functools.cached_property
+    def merged(self) -> dict[tuple[str, ...], Any]:
+        """What `lmforge.compose.merge` made of these files already, by what was chosen."""
+        return {}
+
+    @functools.cached_property
+    def _loaded(self) -> dict[Path, dict[str, Any]]:
+        return {}
 
     @functools.cached_property
     def groups(self) -> set[str]:
         """The groups there are: a user's folder adds options to them, never a group that nothing reads."""
-        return {file.relative_to(folder).parts[0] for folder in self.folders if folder != self.user for file in folder.rglob("*/*.yaml")}
+        return {parts[0] for folder in self.folders if folder != self.user for file in self.files[folder] if len(parts := file.relative_to(folder).parts) > 1}
 
     @functools.cached_property
     def root_groups(self) -> set[str]:
         """The groups that the root chooses an option of; the others, such as `reward`, are parts of a stage."""
-        entries = OmegaConf.to_container(OmegaConf.load(own("conf") / "config.yaml"), resolve=False)["defaults"]  # type: ignore[index, call-overload]
+        entries = read((own("conf") / "config.yaml").read_text(encoding="utf-8"))["defaults"]
         return {str(key).removeprefix("optional ") for entry in entries if isinstance(entry, dict) for key in entry}
 
     @functools.cached_property
@@ -61,27 +76,45 @@ class Catalog:
         """Group (`optimizer`, `optimizer/schedule`) -> option -> file."""
         found: dict[str, dict[str, Path]] = {}
         for folder in self.folders:
-            for file in sorted(folder.rglob("*.yaml")):
+            for file in self.files[folder]:
                 group = file.parent.relative_to(folder).as_posix()
-                if group != "." and file.is_file():
+                if group != ".":
                     found.setdefault(group, {}).setdefault(file.stem, file)
         return found
 
     def load(self, group: str, option: str) -> dict[str, Any]:
         """One option's own YAML, without what its defaults list brings."""
-        loaded = OmegaConf.to_container(OmegaConf.load(self.options[group][option]), resolve=False)
-        return {str(key): value for key, value in loaded.items()} if isinstance(loaded, dict) else {}
+        file = self.options[group][option]
+        if file not in self._loaded:
+            self._loaded[file] = {str(key): value for key, value in read(file.read_text(encoding="utf-8")).items()}
+        return dict(self._loaded[file])
 
     def broken(self) -> Iterator[Problem]:
         """Option files of the user or a plugin that no YAML reader takes; ours are held by the tests."""
         for folder in self.folders:
             if folder in (own("conf"), own("sweeps")):
                 continue
-            for file in sorted(one for one in folder.rglob("*.yaml") if one.is_file()):
+            for file in self.files[folder]:
                 try:
                     _check_yaml(file)
                 except (yaml.YAMLError, OSError, ValueError) as error:
                     yield Problem(str(file), f"not a readable option file: {' '.join(str(error).split())[:160]}", "mend the YAML")
+
+
+def stamps(folder: Path) -> Iterator[tuple[str, int, int, int]]:
+    """Its option files with what changes when one does."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            file = os.path.join(place, name)
+            if name.endswith(".yaml") and os.path.isfile(file):
+                stat = os.stat(file)
+                yield file, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+@functools.lru_cache(maxsize=8)
+def _unchanged(folders: tuple[Path, ...], is_users: bool, files: tuple[tuple[tuple[str, int, int, int], ...], ...]) -> Catalog:
+    """The catalog of these very files, with all it has read of them."""
+    return Catalog(folders, folders[0] if is_users else None)
 
 
 def _check_yaml(file: Path) -> None:

@@ -9,6 +9,7 @@ stage.dpo.optimizer.lr=1e-6   ->  ++stage.dpo.optimizer.lr=1e-6     (the strict 
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -43,8 +44,14 @@ class Typed:
         """The override again from what Hydra was given, as a sweep's job knows it."""
         head = text.lstrip("+~").partition("=")[0]
         group, _, package = head.partition("@")
-        override = OverridesParser.create().parse_override(text)
+        override = parsed(text)
         return cls((package or group).replace("/", "."), text, "++" not in text[:2], _inner(override))
+
+
+@functools.lru_cache(maxsize=4096)
+def parsed(text: str) -> Override:
+    """One override by Hydra's grammar; variants share most of their words."""
+    return OverridesParser.create().parse_override(text)
 
 
 def translate(texts: Iterable[str], catalog: Catalog) -> list[Typed]:
@@ -54,8 +61,7 @@ def translate(texts: Iterable[str], catalog: Catalog) -> list[Typed]:
     texts = list(texts)
     for text in texts:
         try:
-            override = OverridesParser.create().parse_override(text)
-            typed.append(_one(text, override, catalog, texts, problems))
+            typed.append(_one(text, parsed(text), catalog, texts, problems))
         except HydraException as error:
             problems.append(
                 Problem(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import shutil
 import sysconfig
@@ -69,9 +70,7 @@ class PyStdlib(Data):
             yield Problem(f"{where}.mutations", "empty", "name at least one kind, or set mutation_fraction=0")
 
     def content(self, cache: Path | None) -> str:
-        from lmforge.formats.manifest import digest
-
-        return digest(self._paths, cache)
+        return _library(self._root, self.exclude, cache)
 
     @property
     def _root(self) -> Path:
@@ -90,6 +89,14 @@ class PyStdlib(Data):
         rules = Rules(**{one.name: getattr(self, one.name) for one in dataclasses.fields(Rules)})
         account = stdlib.write(self._root, self._paths, self.heldout_fraction, rules, context.out, context.report.progress)
         return account.plain()
+
+
+@functools.cache
+def _library(root: Path, exclude: tuple[str, ...], cache: Path | None) -> str:
+    """The content of a standard library, read once: a process's own does not change under it."""
+    from lmforge.formats.manifest import digest, walk
+
+    return digest(walk(root, (".py",), exclude), cache)
 
 
 @register("data", "text")

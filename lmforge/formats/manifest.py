@@ -6,12 +6,14 @@ import fnmatch
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 SETTLED_NS = 2_000_000_000  # a file changed less than 2 s ago may change again within the clock's tick: never trust its cached hash
+SMALL = 2**18
 
 
 def walk(root: Path, suffixes: Sequence[str], exclude: Sequence[str] = ()) -> list[Path]:
@@ -19,14 +21,11 @@ def walk(root: Path, suffixes: Sequence[str], exclude: Sequence[str] = ()) -> li
     if root.is_file():
         return [root] if root.name.endswith(tuple(suffixes)) else []
     found = []
+    hidden = re.compile("|".join([r"\..*", *map(fnmatch.translate, exclude)]), re.DOTALL).match
     for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not _hidden(name, exclude)]
-        found += [Path(folder, name) for name in files if name.endswith(tuple(suffixes)) and not _hidden(name, exclude)]
-    return sorted(found, key=lambda path: label(path, root))
-
-
-def _hidden(name: str, exclude: Sequence[str]) -> bool:
-    return name.startswith(".") or any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
+        folders[:] = [name for name in folders if not hidden(name)]
+        found += [os.path.join(folder, name) for name in files if name.endswith(tuple(suffixes)) and not hidden(name)]
+    return [Path(name) for name in sorted(found, key=lambda name: name.replace(os.sep, "/"))]
 
 
 def label(path: Path, root: Path) -> str:
@@ -39,22 +38,29 @@ def digest(paths: Sequence[Path], cache: Path | None = None) -> str:
     known = _load(cache)
     total, changed = hashlib.sha256(), False
     for path in paths:
-        stat = path.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-        entry = known.get(str(path.absolute()))
-        if entry is None or entry[:3] != stamp:
-            entry = [*stamp, _hash(path)]
-            if time.time_ns() - max(stamp[1:]) > SETTLED_NS:
-                known[str(path.absolute())], changed = entry, True
+        if cache is None:
+            found = _hash(path)
+        else:
+            stat = path.stat()
+            stamp, name = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns], str(path.absolute())
+            entry = known.get(name)
+            if entry is None or entry[:3] != stamp:
+                entry = [*stamp, _hash(path)]
+                if time.time_ns() - max(stamp[1:]) > SETTLED_NS:
+                    known[name], changed = entry, True
+            found = entry[3]
         form = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
-        total.update(f"{form}:{entry[3]}\n".encode())
+        total.update(f"{form}:{found}\n".encode())
     if cache is not None and changed:
         _save(cache, known)
     return total.hexdigest()
 
 
 def _hash(path: Path) -> str:
-    with path.open("rb") as file:
+    """A small file is read at once: `file_digest` makes a buffer of a quarter MiB for each, which costs more than the hash."""
+    with open(path, "rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size <= SMALL:
+            return hashlib.sha256(file.read()).hexdigest()
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

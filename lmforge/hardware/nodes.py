@@ -18,23 +18,24 @@ class PeakFlops(Node):
     """Dense matrix FLOP/s of one device by dtype, without structured sparsity; null where the device has none, or nobody states it."""
 
     float32: Annotated[float | None, Key("peak with float32 inputs, no TF32", unit="FLOP/s", gt=0)]
-    tf32: Annotated[float | None, Key("peak of TF32 on float32 inputs", unit="FLOP/s", gt=0)]
     bfloat16: Annotated[float | None, Key("peak with bfloat16 inputs", unit="FLOP/s", gt=0)]
     float16: Annotated[float | None, Key("peak with float16 inputs", unit="FLOP/s", gt=0)]
-    float8: Annotated[float | None, Key("peak with 8-bit floating-point inputs", unit="FLOP/s", gt=0)]
 
     def of(self, dtype: str) -> float | None:
         """The peak of one dtype by its torch name, such as 'bfloat16'; PlanError for a dtype that no key is of."""
-        names = [field.name for field in dataclasses.fields(self)]
-        if dtype not in names:
-            raise PlanError("hardware.peak_flops", f"{dtype} is no dtype that hardware states a peak of", f"it is one of: {', '.join(names)}")
-        found: float | None = getattr(self, dtype)
-        return found
+        stated = self._stated
+        if dtype not in stated:
+            raise PlanError("hardware.peak_flops", f"{dtype} is no dtype that hardware states a peak of", f"it is one of: {', '.join(stated)}")
+        return stated[dtype]
 
     @property
     def known(self) -> tuple[str, ...]:
         """The dtypes that have a peak."""
-        return tuple(field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None)
+        return tuple(dtype for dtype, peak in self._stated.items() if peak is not None)
+
+    @property
+    def _stated(self) -> dict[str, float | None]:
+        return {"float32": self.float32, "bfloat16": self.bfloat16, "float16": self.float16}
 
 
 @node

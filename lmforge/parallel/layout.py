@@ -6,6 +6,7 @@ the last may get nothing.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,14 +64,15 @@ def chunk(size: int, parts: int, index: int) -> int:
     return max(0, min(size, (index + 1) * each) - index * each)
 
 
-def stages(layers: int, pp: int) -> list[range]:
+@functools.lru_cache(maxsize=256)
+def stages(layers: int, pp: int) -> tuple[range, ...]:
     """The layers of each pipeline stage, as equal as can be. Of what is left over the first and the last stage get theirs last: they hold the embedding
     and the head."""
     extra = layers % pp
     order = sorted(range(pp), key=lambda stage: (stage in (0, pp - 1), stage == pp - 1, stage))
     sizes = [layers // pp + (stage in order[:extra]) for stage in range(pp)]
     starts = [sum(sizes[:stage]) for stage in range(pp)]
-    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    return tuple(range(start, start + size) for start, size in zip(starts, sizes, strict=True))
 
 
 def layouts(sizes: Mapping[str, int | None], devices: int) -> str:

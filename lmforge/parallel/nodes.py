@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lmforge.parallel.shards import Cut
 
 Part = Literal["params", "grads", "optimizer"]
+Checkpointing = Literal["none", "selective", "full"]
+CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")  # from what keeps most to what computes most again
 
 
 @node
@@ -34,8 +36,8 @@ class Parallel(Node):
 
     micro_batch_size: Annotated[int | None, Key("rows per device and pass; null = the compiler picks", unit="rows", gt=0)]
     activation_checkpointing: Annotated[
-        Literal["none", "selective", "full"],
-        Key("recomputed in backward: selective = all of a layer but its matrix products and attention, full = all but its input"),
+        Checkpointing | None,
+        Key("recomputed in backward: selective = all of a layer but its matrix products and attention, full = all but its input; null = the fastest that fits"),
     ]
     compile: Annotated[bool, Key("torch.compile each decoder layer")]
     data_workers: Annotated[int, Key("processes a rank reads its batches ahead with; 0 = none but its own", "processes", ge=0)]
@@ -68,11 +70,16 @@ class Parallel(Node):
 
     def strategy_args(self) -> dict[str, Any]:
         """The emitted strategy as plain data, for the plan: `strategy`, `activation_checkpointing`, `compile`, and what a subclass adds."""
-        return {"strategy": self.type, "activation_checkpointing": self.activation_checkpointing, "compile": self.compile}
+        return {"strategy": self.type, "activation_checkpointing": self.checkpointing, "compile": self.compile}
 
     def emitted(self, *, compute_dtype: str, reduce_dtype: str, gradient_clipping: float | None, micro_batch_size: int, accumulation: int) -> dict[str, Any]:
         """What the plan shows of the strategy once precision, clipping and the micro-batch are known; most options need none of them."""
         return self.strategy_args()
+
+    @property
+    def checkpointing(self) -> Checkpointing:
+        """What is computed again in backward; nothing until the compiler has picked."""
+        return self.activation_checkpointing or "none"
 
     @property
     def whole(self) -> bool:
@@ -265,3 +272,17 @@ class DeepSpeed(Several):
             if reduce_dtype == "float32":  # else it sums the gradients of linear layers in the dtype that they compute in
                 emitted["torch_autocast"]["lower_precision_safe_modules"] = []
         return emitted
+
+
+@register("parallel", "auto")
+class Auto(Several):
+    """The compiler searches: the fastest of one device, DDP and meshes that fits (lmforge.compiler.auto). Null is searched, what is typed is kept."""
+
+    dp_replicate: Annotated[int | None, Key("groups of ranks that each hold a whole copy of the state; null = searched", "ranks", gt=0)]
+    dp_shard: Annotated[int | None, Key("ranks that weights, gradients and optimizer states are split over; null = searched", "ranks", gt=0)]
+    tp: Annotated[int | None, Key("ranks that each matrix is split over; null = searched, within a node", "ranks", gt=0)]
+    pp: Annotated[int | None, Key("ranks that the layers are split over; null = searched, stages of as many layers each", "ranks", gt=0)]
+    pp_schedule: Annotated[Literal["1f1b", "gpipe"], Key("order of a pipeline's micro-batches, if one is chosen")]
+    reshard_after_forward: Annotated[bool | None, Key("free a layer's gathered weights after forward; null = searched")]
+    prefetch: Annotated[int, Key("layers whose weights are gathered ahead of the one that runs, if they are sharded", "layers", ge=0)]
+    cpu_offload: Annotated[bool | None, Key("keep weights, gradients and optimizer states in host memory; null = searched")]

@@ -119,7 +119,7 @@ class Graph:
             yield "loss, backward", plus({"activations": self.before(self.layers), "buffers": around.scored}, parts(self.head.backward, whole))
         # A tied table's head gradient waits under accumulation, and as a view, so that the embedding's is added out of place.
         left = plus(left, {whole: self.table if self.tied and self.run.accumulated else 0})
-        for layer in sorted({self.layers - 1, self.layers - 2, around.ahead, 1, 0} & set(range(self.layers)), reverse=True):
+        for layer in sorted({at for at in (self.layers - 1, self.layers - 2, around.ahead, 1, 0) if 0 <= at < self.layers}, reverse=True):
             name, one = f"layer {layer + 1} of {self.layers}", self.rest if layer else self.first
             below = plus({"activations": self.before(layer)}, left, self._done(self.layers - 1 - layer))
             yield f"{name}, backward", plus(below, parts(one.backward, whole), {"buffers": around.backward(layer, self.layers)})

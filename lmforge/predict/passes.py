@@ -116,7 +116,7 @@ def _run(job: Job, one: Pass, accelerator: Accelerator, attended: tuple[Attended
         compute=compute,
         kernel=kernel(job, accelerator, one.packed or bool(attended)),
         masked=one.packed,
-        checkpointing=parallel.activation_checkpointing,
+        checkpointing=parallel.checkpointing,
         compiled=parallel.compile,
         frozen=bool(job.load.base),
         adapter=low_rank(job),

@@ -152,6 +152,8 @@ def _traffic(job: Job, busy: float, accumulation: int, found: Rates) -> dict[str
     beside_all = beside_last = 0.0
     parts = dict.fromkeys(("communication", "tensor", "send"), 0.0)
     for one in sent:
+        if job.mesh[one.axis] == 1:
+            continue
         taken = collective(one.kind, one.size, one.messages, group(one.axis, job.mesh, found))
         if one.waits:
             parts[{"tp": "tensor", "pp": "send"}.get(one.axis, "communication")] += taken

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from lmforge.plan import Plan
 from lmforge.runtime.given import fits
-from lmforge.runtime.launch import grace
 
 PER_NODE = 8  # GPUs of a node: DGX, HGX and every cloud's eight-GPU machine
 PORT = 29500  # torch's own default for a rendezvous
@@ -49,6 +48,8 @@ def sbatch(plan: Plan, overrides: Sequence[str]) -> str:
 
     A task whose own process is killed can tell nobody, so srun ends the others.
     """
+    from lmforge.runtime.launch import grace  # a plain plan starts no ranks
+
     nodes, each = shape(_agreed(plan))
     options = [
         f"--job-name={plan.experiment.name}",

@@ -36,9 +36,9 @@ def _lower(model: Any, recipe: Recipe) -> None:
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":  # autocast passes it by: it would compute in what a norm hands it, which is float32
             module.compute_dtype, module.compute_type_is_set = getattr(torch, recipe.compute_dtype), True
-    if recipe.parallel.activation_checkpointing != "none":
+    if recipe.parallel.checkpointing != "none":
         options: dict[str, Any] = {"use_reentrant": False}
-        if recipe.parallel.activation_checkpointing == "selective":
+        if recipe.parallel.checkpointing == "selective":
             options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     if recipe.parallel.compile:

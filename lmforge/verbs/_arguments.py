@@ -9,7 +9,7 @@ from collections.abc import MutableMapping, Sequence
 from hydra._internal.utils import get_args_parser
 
 from lmforge.compose import App, Composed, experiment
-from lmforge.compose.app import CONFIG
+from lmforge.compose.merge import CONFIG
 from lmforge.errors import ConfigError
 from lmforge.experiment import Experiment
 
@@ -57,6 +57,8 @@ def composed(argv: Sequence[str]) -> tuple[Composed, Experiment]:
 
 def hydra_flags(app: App, args: argparse.Namespace) -> bool:
     """Do what --help, --cfg, --info, --hydra-help or --shell-completion asks; False where none is given."""
+    if not (args.hydra_help or args.cfg or args.info or args.shell_completion):
+        return False
     with app.hydra() as hydra:
         if args.hydra_help:
             hydra.hydra_help(CONFIG, args_parser=get_args_parser(), args=args)
@@ -64,11 +66,9 @@ def hydra_flags(app: App, args: argparse.Namespace) -> bool:
             hydra.show_cfg(CONFIG, app.overrides, cfg_type=args.cfg, package=args.package, resolve=args.resolve)
         elif args.info:
             hydra.show_info(args.info, CONFIG, app.overrides)
-        elif args.shell_completion:
+        else:
             without_verb(os.environ)
             hydra.shell_completion(CONFIG, args.overrides)
-        else:
-            return False
     return True
 
 

@@ -10,11 +10,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
 from lmforge.compiler import compile
+from lmforge.compiler.machine import warning
 from lmforge.compose import experiment
 from lmforge.compose.app import of_job
 from lmforge.errors import ConfigError
@@ -80,6 +82,7 @@ def questions(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 def show(plan: Plan) -> None:
     """The plan with what the store knows of each step."""
     print(render(plan, Workspace(plan.experiment.output).statuses(plan)))
+    warn(plan)
     if line := hint(plan):
         print(line)
 
@@ -91,6 +94,13 @@ def show_json(plan: Plan, indent: int | None = 1) -> None:
     for step in plain["steps"]:
         step["status"], step["why"] = statuses[step["name"]].state, statuses[step["name"]].why
     print(json.dumps(plain, indent=indent, ensure_ascii=False, allow_nan=False))
+    warn(plan)
+
+
+def warn(plan: Plan) -> None:
+    """Beside the plan: a calibration that it is not timed with."""
+    if line := warning(plan):
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def point(config: DictConfig) -> None:

@@ -74,6 +74,8 @@ def alternatives(leaf: Leaf, value: Any) -> Iterator[Any]:
             yield from (list(value[1:]), list(leaf.about.choices[:1]), [*value, "lm_head"])
         elif typing.get_origin(hint) is dict and value and all(isinstance(one, (int, float)) for one in value.values()):
             yield {key: one * (2 + index) for index, (key, one) in enumerate(value.items())}
+        elif value is None and isinstance(hint, type) and issubclass(hint, Node):  # a part that is left away, such as a link
+            yield {name: next(number for number in numbers(about, None, float)) for name, (_, about) in keys(hint).items()}
 
 
 def numbers(about: Key, value: float | None, kind: type) -> Iterator[float]:
@@ -107,5 +109,5 @@ def changed(plain: dict[str, Any], group: str, option: str, leaf: Leaf, value: A
             place = place[name]
         if leaf.cls.exactly_one:
             place |= dict.fromkeys(place)
-        place[last] = layers.merge(place[last], value) if isinstance(value, dict) else value
+        place[last] = layers.merge(place[last] or {}, value) if isinstance(value, dict) else value
     return other

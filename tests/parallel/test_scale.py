@@ -230,7 +230,7 @@ def tiny_step(family: str, mesh: Mapping[str, int], micro_batches: int, **change
     told = Spread("cpu", mesh, change["compute"], change["reduce"], None, 1, micro_batches, splits(config))
     options: Any = SimpleNamespace(**{key: change[key] for key in OPTIONS})
     model: Any = from_scratch(config, 0)
-    parallel = SimpleNamespace(activation_checkpointing=change["checkpointing"], compile=False)
+    parallel = SimpleNamespace(checkpointing=change["checkpointing"], compile=False)
     lower(model, SimpleNamespace(param_dtype="float32", buffer_dtype="float32", parallel=parallel))  # type: ignore[arg-type]
     sent = Sent()
     with rank_of(0, mesh) as ranks:
