@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,10 +106,8 @@ def stamps(folder: Path) -> Iterator[tuple[str, int, int, int]]:
     """Its option files with what changes when one does."""
     for place, _, names in os.walk(folder):
         for name in names:
-            file = os.path.join(place, name)
-            if name.endswith(".yaml") and os.path.isfile(file):
-                stat = os.stat(file)
-                yield file, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+            if name.endswith(".yaml") and stat.S_ISREG((about := os.stat(file := os.path.join(place, name))).st_mode):
+                yield file, about.st_size, about.st_mtime_ns, about.st_ctime_ns
 
 
 @functools.lru_cache(maxsize=8)

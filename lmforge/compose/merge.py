@@ -1,7 +1,7 @@
-"""The root config merged by Hydra's own functions, without Hydra's settings for itself, and remembered for equal choices.
+"""The root config from the files that Hydra's defaults list names, without Hydra's settings for itself, and remembered for equal choices.
 
 Half of what Hydra composes is about Hydra (logging, launchers, sweepers), which one run never reads; and variants that differ in
-values differ in no file. So files are merged once for each set of choices, and typed values are set on the result. What cannot go
+values differ in no file. So Hydra says which files and where, they are merged once for each set of choices, and typed values are set on that. What cannot go
 this way (a word about `hydra`, a deletion, anything wrong) goes Hydra's whole way, which has the last word.
 """
 
@@ -13,15 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
-from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.core_plugins.structured_config_source import StructuredConfigSource
 from hydra._internal.defaults_list import create_defaults_list
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult
-from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -69,16 +66,36 @@ def merged(catalog: Catalog, typed: Sequence[Typed]) -> Merged | None:
 
 def _files(folders: Sequence[Path], choices: Sequence[str]) -> Merged:
     """The files that the choices bring, merged; interpolations stay as they are."""
-    repository = CachingConfigRepository(_Folders(folders))
-    loader = ConfigLoaderImpl(ConfigSearchPathImpl())
     overrides = [parsed(one) for one in choices]
-    loader.validate_sweep_overrides_legal(overrides, RunMode.RUN, from_shell=True)
+    if any(one.is_sweep_override() for one in overrides):
+        raise _HydrasWay
+    repository = CachingConfigRepository(_Folders(folders))
     found = create_defaults_list(repository, CONFIG, overrides, prepend_hydra=False, skip_missing=False)
-    config = loader._compose_config_from_defaults_list(found.defaults, repository)
+    trees = {path: tree for source in repository.get_sources() if isinstance(source, _Folder) for path, tree in source.trees.items()}
+    config: dict[str, Any] = {}
+    for one in found.defaults:
+        if one.package is None or one.config_path not in trees:
+            raise _HydrasWay
+        tree = trees[one.config_path]
+        for part in reversed(one.package.split(".") if one.package else ()):
+            tree = {part: tree}
+        _merge(config, tree)
     if found.config_overrides or "hydra" in config:
         raise _HydrasWay
-    plain: Any = OmegaConf.to_container(config, resolve=False)
-    return Merged(plain, dict(found.overrides.known_choices))
+    return Merged(config, dict(found.overrides.known_choices))
+
+
+def _merge(into: dict[str, Any], tree: dict[str, Any]) -> None:
+    """As OmegaConf merges files: mappings key by key, anything else in place of what was there."""
+    for key, value in tree.items():
+        before = into.get(key)
+        if value == "???" or (isinstance(value, dict) and isinstance(before, str) and "${" in before) or not isinstance(key, str):
+            raise _HydrasWay
+        if isinstance(value, dict):
+            into[key] = before if isinstance(before, dict) else {}
+            _merge(into[key], value)
+        else:
+            into[key] = value
 
 
 class _Folders(ConfigRepository):
@@ -89,7 +106,11 @@ class _Folders(ConfigRepository):
 
 
 class _Folder(FileConfigSource):
-    """Hydra's folder of YAML files with a faster reader."""
+    """Hydra's folder of YAML files with a faster reader. Hydra gets the defaults lists; the rest of each file is in `trees`."""
+
+    def __init__(self, provider: str, path: str) -> None:
+        super().__init__(provider, path)
+        self.trees: dict[str, dict[str, Any]] = {}
 
     def load_config(self, config_path: str) -> ConfigResult:
         file = Path(self.path, self._normalize_file_name(config_path))
@@ -98,7 +119,9 @@ class _Folder(FileConfigSource):
         if file == own("conf") / f"{CONFIG}.yaml":  # a user's root config, if it speaks of Hydra, goes Hydra's way
             tree.pop("hydra")
             tree["defaults"] = [one for one in tree["defaults"] if not (isinstance(one, dict) and any(key.startswith("override hydra/") for key in one))]
-        return ConfigResult(provider=self.provider, path=f"file://{self.path}", config=OmegaConf.create(tree), header=self._get_header_dict(text[:512]))
+        listed = OmegaConf.create({"defaults": tree.pop("defaults", [])})
+        self.trees[config_path] = tree
+        return ConfigResult(provider=self.provider, path=f"file://{self.path}", config=listed, header=self._get_header_dict(text[:512]))
 
 
 def _copy(tree: Any) -> Any:

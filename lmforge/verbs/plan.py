@@ -24,7 +24,6 @@ from lmforge.explain import render
 from lmforge.plan import Plan
 from lmforge.runtime.submission import hint, launches
 from lmforge.runtime.workspace import Workspace
-from lmforge.verbs import _analyze, _table, _why
 from lmforge.verbs._arguments import QUICKSTART, app_of, hydra_flags
 
 SWITCHES = ("--json", "--launch", "--table")
@@ -38,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
     if len(asked) > 1:
         raise ConfigError(" ".join(asked), "are two questions", "ask one at a time")
     if "--analyze" in asked:
+        from lmforge.verbs import _analyze  # what only one question needs is imported for it alone
+
         print(_analyze.answer(asked["--analyze"], words, as_json))
         return 0
     app, args = app_of(words)
@@ -52,8 +53,12 @@ def main(argv: Sequence[str]) -> int:
         folder = ["--config-dir", args.config_dir] if args.config_dir else []
         print(launches(compile(experiment(app.compose())), [*folder, *args.overrides]))
     elif "--why" in asked:
+        from lmforge.verbs import _why
+
         print(_why.answer(app, asked["--why"], "" if QUICKSTART in args.overrides else QUICKSTART))
     elif "--table" in asked:
+        from lmforge.verbs import _table
+
         print(_table.answer(args.overrides, args.config_dir))
     else:
         (show_json if as_json else show)(compile(experiment(app.compose())))
