@@ -198,7 +198,12 @@ RELATIONS = [
     ("plan stage=pretrain model.revision=main", "model.revision", "weights that are not named", "set model.pretrained"),
     ("plan stage=pretrain model=7b hardware=cpu", "stage.pretrain", "of 16.0 GiB on one device of laptop, 8 cores, 16 GiB (", "plan for hardware=h200x1"),
     ("plan stage=dpo model=7b hardware=cpu", "stage.dpo", "of 16.0 GiB on one device of laptop, 8 cores, 16 GiB (", "plan for hardware=h200x1"),
-    ("plan stage=pretrain model=70b hardware=h100x8", "stage.pretrain", "of 79.6 GiB on one device of NVIDIA H100 80GB HBM3 (", "parallel.cpu_offload=true (41.7 GiB"),
+    (
+        "plan stage=pretrain model=70b hardware=h100x8",
+        "stage.pretrain",
+        "of 79.6 GiB on one device of NVIDIA H100 80GB HBM3 (",
+        "parallel.cpu_offload=true (41.7 GiB",
+    ),
     ("run stage=pretrain model=70b", "stage.pretrain", "GiB on one device of ", "1 device(s) would want"),
 ]
 

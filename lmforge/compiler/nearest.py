@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lmforge.codec import decode, encode
+from lmforge.codec import decode, encode, keys
 from lmforge.compiler import capability
 from lmforge.compiler.larger import larger, whole
 from lmforge.compiler.verdict import Verdict, verdict
@@ -106,8 +106,8 @@ def _option(group: str, option: str, now: Node) -> Any:
     """An option of conf/. What it leaves open, and what every way of running has, stays as it is now."""
     own = whole(Catalog.of(), group, option)
     kind = lookup(group, own["type"], group)
-    kept = Several if group == "parallel" else kind
-    before = {name: value for name, value in encode(now).items() if name in {field.name for field in dataclasses.fields(kept)}}
+    kept = keys(Several if group == "parallel" else kind)
+    before = {name: value for name, value in encode(now).items() if name in kept}
     given = {name: value for name, value in own.items() if value is not None and not (group == "parallel" and name in before)}
     return decode(kind, {**own, **before, **given}, group)
 

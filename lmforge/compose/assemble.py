@@ -79,10 +79,12 @@ class _Assembly:
             return problem
         group, catalog = path[-2], self.composed.catalog
         having = {name for name, cls in types(group).items() if path[-1] in keys(cls)}
-        # The option that names a type itself is its plainest one: fsdp of all meshes.
-        plain = (option for option in sorted(catalog.options.get(group, {})) if catalog.load(group, option).get("type") in having)
-        if (option := next(plain, None)) is None:
+        # The option that names a type itself is its plainest one, fsdp of all meshes; one that leaves the key open decides it by itself.
+        known = {option: catalog.load(group, option) for option in sorted(catalog.options.get(group, {}))}
+        plain = [option for option, tree in known.items() if tree.get("type") in having]
+        if not plain:
             return problem
+        option = min(plain, key=lambda one: known[one].get(path[-1]) is None)
         value: Any = self.config
         for name in path:
             value = value.get(name) if isinstance(value, Mapping) else None

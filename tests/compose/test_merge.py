@@ -22,8 +22,10 @@ WORDS = [
     *([f"experiment={option}", "seed=3"] for option in sorted(Catalog.of().options["experiment"])),
 ]
 HYDRAS = [["stage=sft", "hydra.verbose=true"], ["stage=sft", "stage.sft.budget={steps: 3}"], ["stage=sft", "name=b", "output='a/${name}'"]]
-TEXTS = """a.b=1 a/b=7b a=1e-4 a=1e4 a=1.5 a=.5 a=01 a=-3 a=-1e-5 a=1_000 a=fsdp a=true a=None a=Null a=nan a=inf a=-inf a=a-b a=a_b a=1. a=400m a=1e5b a=INF
-    a=0.1 a=00.1 ++a.b=3 +a=3 a=7b_x a=0 a=-0 a=0e1 a=h100x8 a=123abc456 a=1e400 a=True a=nulls a=1e a=0x1 a= a=[1] a=3.0e+2 a=_x a=1b2e3 a=7nan a=2.5m""".split()
+TEXTS = """
+a.b=1 a/b=7b a=1e-4 a=1e4 a=1.5 a=.5 a=01 a=-3 a=-1e-5 a=1_000 a=fsdp a=true a=None a=Null a=nan a=inf a=-inf a=a-b a=a_b a=1. a=400m a=1e5b a=INF
+a=0.1 a=00.1 ++a.b=3 +a=3 a=7b_x a=0 a=-0 a=0e1 a=h100x8 a=123abc456 a=1e400 a=True a=nulls a=1e a=0x1 a= a=[1] a=3.0e+2 a=_x a=1b2e3 a=7nan a=2.5m
+""".split()  # noqa: SIM905
 
 
 def hydras(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Composed:
