@@ -22,6 +22,18 @@ class Placement:
     strategy: Mapping[str, Any] = field(default_factory=dict)  # what the parallel option is emitted as
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A whole model that a step opens on one device and runs without gradients, as the memory of both is predicted from."""
+
+    rows: int  # sequences at once
+    length: int  # tokens of each
+    dtype: str | None = None  # that its weights are opened in; None = the one they were saved in
+    new: int = 0  # tokens drawn after each, with a cache of keys and values; logits are then of the last token only
+    chunked: bool = False  # whether log-probs are taken of a part of the logits at a time
+    beside: bool = False  # a second model as large, with random weights in float32
+
+
 class Report:
     """How a running step speaks; this one is silent, the runner's draws bars and writes metrics.jsonl."""
 
@@ -73,6 +85,10 @@ class StepNode(Node):
     def content(self, cache: Path | None) -> str:
         """What decides the result beyond the node's own keys: a fingerprint of local files, of a model's config."""
         return ""
+
+    def reads(self, length: int) -> Reading | None:
+        """The model it opens and what it runs through it at once, of sequences of `length` tokens; None where it opens none, or trains it."""
+        return None
 
     def preflight(self) -> None:
         """Refuse now what would fail after hours; called for every step that is not done, before the first one runs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -106,8 +107,12 @@ def stamps(folder: Path) -> Iterator[tuple[str, int, int, int]]:
     """Its option files with what changes when one does."""
     for place, _, names in os.walk(folder):
         for name in names:
-            if name.endswith(".yaml") and stat.S_ISREG((about := os.stat(file := os.path.join(place, name))).st_mode):
-                yield file, about.st_size, about.st_mtime_ns, about.st_ctime_ns
+            if not name.endswith(".yaml"):
+                continue
+            with contextlib.suppress(FileNotFoundError):  # a link to nowhere
+                about = os.stat(file := os.path.join(place, name))
+                if stat.S_ISREG(about.st_mode):
+                    yield file, about.st_size, about.st_mtime_ns, about.st_ctime_ns
 
 
 @functools.lru_cache(maxsize=8)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from lmforge.codec import digest
 from lmforge.errors import Problem
 from lmforge.registry import Key, node, register
-from lmforge.step import Context, StepNode
+from lmforge.step import Context, Reading, StepNode
 
 AFTER = Key("which checkpoints of the pipeline are measured: every stage's, or the last one's only")
 
@@ -70,6 +70,9 @@ class Perplexity(Eval):
     def later(self) -> Perplexity:
         return dataclasses.replace(self, bigram=False, untrained=False)
 
+    def reads(self, length: int) -> Reading:
+        return Reading(rows=max(1, self.batch_tokens // length), length=length, beside=self.untrained)
+
     def run(self, context: Context) -> dict[str, Any]:
         from lmforge.eval.measure import measure
 
@@ -117,6 +120,10 @@ class LmEval(Eval):
             yield Problem(f"{where}.batch_size", f"{self.batch_size!r} is not a batch size", "write a number >= 1, or auto")
         if self.include_path is not None:
             yield from problems(Path(self.include_path), f"{where}.include_path")
+
+    def reads(self, length: int) -> Reading:
+        """One row, as long as the model's context: how many a batch has, and how long they are, is the tasks' to say."""
+        return Reading(rows=1, length=length)
 
     def preflight(self) -> None:
         from lmforge.eval.harness import check_names

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 from lmforge.registry import Key, Node, node, register
 from lmforge.stage.base import Tuning
 from lmforge.stage.workload import Workload
-from lmforge.step import Context, StepNode
+from lmforge.step import Context, Reading, StepNode
 
 
 @node
@@ -154,12 +154,25 @@ class Reference(StepNode):
     consumes = ("checkpoint", "tokens:preference")
     produces = "reference"
 
+    tokens_at_once: ClassVar[int] = 16384  # in a forward pass
+    most_rows: ClassVar[int] = 16
+
     four_bit: Annotated[dict[str, Any] | None, Key("how the base under an adapter is rounded to 4 bits; null = it is not")]
 
     @classmethod
     def made_for(cls, consumer: Node) -> StepNode | None:
         """On the very base that the stage trains its adapter on."""
         return cls(four_bit=consumer.adapter.four_bit) if isinstance(consumer, Tuning) else None
+
+    @classmethod
+    def rows(cls, sequences: int, length: int) -> int:
+        """Rows of so many sequences in a forward pass: at most `most_rows`, and fewer of long ones."""
+        return max(1, min(cls.most_rows, cls.tokens_at_once // (sequences * length)))
+
+    def reads(self, length: int) -> Reading:
+        """In float32, with logits at the answers' tokens, which are at most all."""
+        sequences = 2 if self.produces == Reference.produces else 1
+        return Reading(rows=sequences * self.rows(sequences, length), length=length, dtype="float32", chunked=True)
 
     def run(self, context: Context) -> dict[str, Any]:
         """One forward pass over the examples."""

@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 from lmforge.formats.tokens import SPLITS, Tokens
 from lmforge.inference.four_bit import round_weights
 from lmforge.model import build
+from lmforge.stage.preference import Reference
 from lmforge.step import Context
 from lmforge.training.objectives.kto import FeedbackRows, other
 from lmforge.training.objectives.preference import PairRows, logprobs, pair_logprobs
 from lmforge.training.scoring import score
-
-TOKENS_PER_BATCH, MOST_ROWS = 16384, 16  # in a forward pass without gradient: at most so many rows, and fewer of long ones
 
 
 def reference(context: Context, four_bit: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -46,19 +45,14 @@ def reference(context: Context, four_bit: dict[str, Any] | None = None) -> dict[
 
 def pair_scores(model: Any, tokens: Tokens) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """("", log-probs of every example [2 * pairs])."""
-    yield "", score(model, PairRows(tokens), _rows(tokens, 2), lambda *batch: pair_logprobs(*batch)[0]).reshape(-1)
+    yield "", score(model, PairRows(tokens), Reference.rows(2, tokens.meta["seq_len"]), lambda *batch: pair_logprobs(*batch)[0]).reshape(-1)
 
 
 def answer_scores(model: Any, tokens: Tokens) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """("", log-probs of every example [examples]) and ("_kl", those of the mismatched ones)."""
     rows = FeedbackRows(tokens)
-    yield "", score(model, rows, _rows(tokens, 1), lambda model, batch: logprobs(model, batch)[0])
-    yield "_kl", score(model, rows, _rows(tokens, 1), lambda model, batch: logprobs(model, other(batch))[0])
-
-
-def _rows(tokens: Tokens, sequences: int) -> int:
-    """Rows of so many sequences in a batch."""
-    return max(1, min(MOST_ROWS, TOKENS_PER_BATCH // (sequences * tokens.meta["seq_len"])))
+    yield "", score(model, rows, Reference.rows(1, tokens.meta["seq_len"]), lambda model, batch: logprobs(model, batch)[0])
+    yield "_kl", score(model, rows, Reference.rows(1, tokens.meta["seq_len"]), lambda model, batch: logprobs(model, other(batch))[0])
 
 
 def write_array(file: Path, array: NDArray[Any]) -> None:

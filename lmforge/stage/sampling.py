@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from lmforge.data.nodes import Data
 from lmforge.registry import Key, register
 from lmforge.stage.base import Stage
-from lmforge.step import Context
+from lmforge.step import Context, Reading
 
 
 @register("stage", "sample")
@@ -31,6 +31,9 @@ class Sample(Stage):
     def example_tokens(self, context_tokens: int) -> int:
         """The longest prompt: what an answer leaves of the context."""
         return context_tokens - self.max_new_tokens
+
+    def reads(self, length: int) -> Reading:
+        return Reading(rows=self.batch_size, length=length, new=self.max_new_tokens)
 
     def run(self, context: Context) -> dict[str, Any]:
         """Draw, and write samples.jsonl."""

@@ -127,7 +127,7 @@ def test_a_sharded_pipeline_sends_what_the_plan_says(folder: Path, case: Case) -
     mesh = ONE | {"pp": 2, "dp_shard": 2}
     parts, reshards = weights(case.config), case.changes.get("reshard_after_forward", True)
     moved = Moved(parts, (), 4, tiny_mesh.SEQ_LEN, sizes(case.config).hidden_size, False, 4, 4, 4)  # 8 rows = 2 ranks x 4 micro-batches of one row
-    said = traffic.mesh(Cut(mesh, splits(case.config), sizes(case.config).num_hidden_layers), moved, reshards=reshards)
+    said = traffic.by_kind(traffic.mesh(Cut(mesh, splits(case.config), sizes(case.config).num_hidden_layers), moved, reshards=reshards))
     found = [json.loads((folder / case.name / f"sent-{rank}.json").read_text()) for rank in range(4)]
     sent = max(found, key=lambda one: one["all_gather"] + one["reduce_scatter"] + one["send"])
     assert {kind: sent[kind] for kind in said} == said

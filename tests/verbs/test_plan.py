@@ -15,8 +15,11 @@ from lmforge.runtime.workspace import Workspace
 Cli = Callable[..., Any]
 STEP = {"name", "stage", "digest", "status", "inputs", "placement", "cost"}
 PLACEMENT = {"devices", "mesh", "micro_batch_size", "accumulation", "strategy"}
-COST = {"params_total", "params_active", "params_trainable", "tokens", "train_flops", "peak_bytes_per_device", "communication", "seconds", "device_hours"}
-PEAK = {"params", "grads", "optimizer", "activations", "total"}
+COST = {
+    "params_total", "params_active", "params_trainable", "tokens", "train_flops", "peak_bytes_per_device", "communication", "step_seconds", "step_parts",
+    "tokens_per_second", "mfu", "hfu", "seconds", "device_hours", "money", "energy_kwh",
+}  # fmt: skip
+PEAK = {"params", "grads", "optimizer", "parts", "moment", "total"}
 
 
 @pytest.fixture
@@ -47,14 +50,13 @@ def test_json_of_the_issues_example(cli: Cli) -> None:
     assert dpo["placement"]["devices"] == 8
     assert dpo["placement"]["mesh"] == {"pp": 1, "dp_replicate": 1, "dp_shard": 8, "cp": 1, "tp": 1}
     assert dpo["placement"]["micro_batch_size"] * dpo["placement"]["accumulation"] * 8 == 64
-    assert dpo["cost"]["peak_bytes_per_device"] == {
-        "params": 4 * 7_298_617_344 // 8,
-        "grads": 4 * 7_298_617_344 // 8,
-        "optimizer": 8 * 7_298_617_344 // 8,
-        "activations": None,
-        "total": None,
-    }
-    assert (dpo["cost"]["seconds"], dpo["cost"]["device_hours"]) == (None, None)
+    peak = dpo["cost"]["peak_bytes_per_device"]
+    static = {"params": 4 * 7_298_617_344 // 8, "grads": 4 * 7_298_617_344 // 8, "optimizer": 8 * 7_298_617_344 // 8}
+    assert {part: peak[part] for part in static} == static
+    assert peak["total"] == sum(peak["parts"].values())
+    seconds, hours = dpo["cost"]["seconds"], dpo["cost"]["device_hours"]
+    assert hours * 3600 == pytest.approx(8 * seconds)
+    assert seconds == pytest.approx(dpo["cost"]["step_seconds"]["expected"] * dpo["cost"]["tokens"] / 64 / 8192, rel=1e-9)
 
 
 def test_json_reads_back_as_the_plan(cli: Cli, plan_of: Callable[..., Plan], words: tuple[str, ...]) -> None:

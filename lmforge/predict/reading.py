@@ -1,0 +1,59 @@
+"""Peak bytes of a step that opens a whole model on one device and learns nothing: evaluation, reference log-probs, answers that are sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lmforge.hardware.nodes import Machine
+from lmforge.model.weights import weights
+from lmforge.precision.nodes import dtype_bytes
+from lmforge.predict.constants import reserve
+from lmforge.predict.job import Shape, shape
+from lmforge.predict.memory import Peak
+from lmforge.predict.moments import Moment, plus
+from lmforge.predict.tensors import walk
+from lmforge.predict.tensors.families import ORDER
+from lmforge.predict.tensors.heads import CHUNK_BYTES
+from lmforge.predict.tensors.run import Run
+from lmforge.stage.base import parameters
+from lmforge.step import Reading
+
+FLOAT32 = 4
+DRAWN = 44  # bytes a logit while a token is drawn from the likeliest ones: log-probs sorted with their places, probabilities and their sums in float64
+
+
+def peak(config: Mapping[str, Any], reading: Reading, saved: str, machine: Machine) -> Peak:
+    """The fullest moment of it; `saved` is the dtype of its weights on disk. Only the weights where nobody has followed the model's operations."""
+    width = dtype_bytes(reading.dtype or saved)
+    elements = parameters(weights(config))
+    resting = {"params": elements * width, "beside": elements * FLOAT32 * reading.beside, "reserve": reserve(machine, 1)}
+    moments = list(_moments(shape(config), reading, width, machine))
+    return max((Peak(parts=plus(resting, parts), moment=name) for name, parts in moments), key=lambda one: one.total)
+
+
+def _moments(model: Shape, reading: Reading, width: int, machine: Machine) -> Iterator[Moment]:
+    if model.kind not in ORDER:
+        yield "forward", {}
+        return
+    kernel = "eager" if model.kind == "gemma2" else "cpu" if machine.accelerator == "cpu" else "efficient"
+    run = Run(rows=reading.rows, length=reading.length, param=width, compute=width, kernel=kernel, masked=True, frozen=True)
+    mask = run.rows * run.length**2 * (2 * width if model.kind == "gemma2" else 1)
+    layer = walk.without_gradient(model, run) + 2 * run.tokens * model.rotary_dim * width + mask
+    if not reading.new:
+        yield "forward", {"activations": layer}
+        words, stream = run.tokens * model.vocab, run.tokens * model.hidden * width
+        yield "logits", {"logits": words * width, "activations": 2 * stream}
+        yield "log-probs", {"logits": words * width + _scored(reading, words, width, machine)}
+        return
+    cached = 2 * run.rows * model.keys * width  # bytes a token and layer
+    yield "reading prompts", {"activations": layer, "cache": model.layers * cached * run.length}
+    # transformers' DynamicCache joins old and new keys of a layer, then values, into new tensors.
+    whole = (model.layers * cached + cached // 2) * (run.length + reading.new)
+    yield "drawing answers", {"cache": whole, "logits": run.rows * model.vocab * (width + DRAWN)}
+
+
+def _scored(reading: Reading, words: int, width: int, machine: Machine) -> int:
+    """Bytes of log-probs beside the logits: a float32 copy where they are not, and the log-softmax of it, of all or of a chunk."""
+    whole = words * FLOAT32 * (1 + (width != FLOAT32))
+    return min(whole, 2 * CHUNK_BYTES[machine.accelerator]) if reading.chunked else whole
