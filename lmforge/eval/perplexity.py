@@ -76,14 +76,21 @@ def perplexity(model: PreTrainedModel, tokens: Tokens, rows: Sequence[Row], *, b
     nats, counts = np.zeros(len(tokens)), np.zeros(len(tokens))
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
-        batch = {name: torch.from_numpy(array).to(model.device) for name, array in collate(part, tokens, seq_len).items()}
-        with torch.inference_mode():
-            logits = forward.logits(model, batch).float()
-            metric.update(logits, batch["labels"])
-            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE, reduction="none")
-        _by_document(losses.double().cpu().numpy(), (batch["labels"] != IGNORE).cpu().numpy(), _documents(part, tokens, seq_len), nats, counts)
+        arrays = collate(part, tokens, seq_len)
+        losses = _losses(model, {name: torch.from_numpy(array).to(model.device) for name, array in arrays.items()}, metric)
+        _by_document(losses, arrays["labels"] != IGNORE, _documents(part, tokens, seq_len), nats, counts)
         progress(min(start + size, len(rows)), len(rows), "perplexity")
     return _likelihood(float(metric.compute()), nats, counts, tokens)
+
+
+@torch.inference_mode()
+def _losses(model: PreTrainedModel, batch: dict[str, torch.Tensor], metric: Perplexity) -> Floats:
+    """Nats of every label of a batch, which the metric counts too. The logits are gone when the next batch runs."""
+    logits = forward.logits(model, batch).float()
+    metric.update(logits, batch["labels"])
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE, reduction="none")
+    found: Floats = losses.double().cpu().numpy()
+    return found
 
 
 def _rows_for(model: PreTrainedModel, rows: Sequence[Row], tokens: Tokens) -> tuple[Sequence[Row], int]:

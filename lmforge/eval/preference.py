@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lmforge.errors import DataError
 from lmforge.formats.packing import IGNORE, collate_pairs, pairs
@@ -46,25 +47,30 @@ def choose_pairs(tokens: Tokens, max_pairs: int | None) -> list[int]:
 
 def score_pairs(model: PreTrainedModel, tokens: Tokens, indices: Sequence[int], *, batch_tokens: int, progress: Callable[[int, int, str], None]) -> list[Pair]:
     """Score both answers of each pair; pairs of like length share a batch. In the order of `indices`."""
-    import torch
-
-    from lmforge.inference import forward
-
     found: dict[int, Pair] = {}
     for batch in _batches(tokens, indices, batch_tokens):
         arrays = collate_pairs(batch, tokens)
-        inputs = {name: torch.from_numpy(arrays[name]).to(model.device) for name in ("input_ids", "position_ids", "attention_mask")}
-        labels = torch.from_numpy(arrays["labels"]).to(model.device)
-        with torch.inference_mode():
-            logits = forward.logits(model, inputs).float()
-            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
-        sums = -losses.view_as(labels).double().sum(1).cpu().numpy()
-        counts = (arrays["labels"] != IGNORE).sum(1)
+        sums, counts = _logprobs(model, arrays), (arrays["labels"] != IGNORE).sum(1)
         for row, index in enumerate(batch):
             a, b = 2 * row, 2 * row + 1
             found[index] = Pair(index, float(sums[a]), float(sums[b]), int(counts[a]), int(counts[b]))
         progress(len(found), len(indices), "preference pairs")
     return [found[index] for index in indices]
+
+
+def _logprobs(model: PreTrainedModel, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
+    """Of every row's labels, summed, in nats. The logits are gone when the next batch runs."""
+    import torch
+
+    from lmforge.inference import forward
+
+    inputs = {name: torch.from_numpy(arrays[name]).to(model.device) for name in ("input_ids", "position_ids", "attention_mask")}
+    labels = torch.from_numpy(arrays["labels"]).to(model.device)
+    with torch.inference_mode():
+        logits = forward.logits(model, inputs).float()
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    found: NDArray[np.float64] = -losses.view_as(labels).double().sum(1).cpu().numpy()
+    return found
 
 
 def _batches(tokens: Tokens, indices: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

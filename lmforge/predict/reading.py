@@ -39,12 +39,13 @@ def _moments(model: Shape, reading: Reading, width: int, machine: Machine) -> It
     kernel = "eager" if model.kind == "gemma2" else "cpu" if machine.accelerator == "cpu" else "efficient"
     run = Run(rows=reading.rows, length=reading.length, param=width, compute=width, kernel=kernel, masked=True, frozen=True)
     mask = run.rows * run.length**2 * (2 * width if model.kind == "gemma2" else 1)
-    layer = walk.without_gradient(model, run) + 2 * run.tokens * model.rotary_dim * width + mask
+    stream = run.tokens * model.hidden * width
+    layer = walk.without_gradient(model, run) + frames(model) * stream + 2 * run.tokens * model.rotary_dim * width + mask
     if not reading.new:
         yield "forward", {"activations": layer}
-        words, stream = run.tokens * model.vocab, run.tokens * model.hidden * width
+        words = run.tokens * model.vocab
         yield "logits", {"logits": words * width, "activations": 2 * stream}
-        yield "log-probs", {"logits": words * width + _scored(reading, words, width, machine)}
+        yield "log-probs", {"logits": _scored(reading, words, width, machine)}
         return
     cached = 2 * run.rows * model.keys * width  # bytes a token and layer
     yield "reading prompts", {"activations": layer, "cache": model.layers * cached * run.length}
@@ -53,7 +54,14 @@ def _moments(model: Shape, reading: Reading, width: int, machine: Machine) -> It
     yield "drawing answers", {"cache": whole, "logits": run.rows * model.vocab * (width + DRAWN)}
 
 
+def frames(model: Shape) -> int:
+    """Tensors as large as the residual stream that functions above a layer's operations still name, which backward would keep anyway: the embedding's
+    output; in GPT-2 its positions, attention's output and the norm's too; with experts the routed input and its flat copy."""
+    return 4 if model.kind == "gpt2" else 3 if model.experts else 1
+
+
 def _scored(reading: Reading, words: int, width: int, machine: Machine) -> int:
-    """Bytes of log-probs beside the logits: a float32 copy where they are not, and the log-softmax of it, of all or of a chunk."""
-    whole = words * FLOAT32 * (1 + (width != FLOAT32))
-    return min(whole, 2 * CHUNK_BYTES[machine.accelerator]) if reading.chunked else whole
+    """Bytes of logits and their log-softmax in float32: of all, which are cast before and let go of as they were, or of a chunk at a time beside them."""
+    if not reading.chunked:
+        return words * FLOAT32 * 2
+    return words * width + min(words * FLOAT32, CHUNK_BYTES[machine.accelerator]) * (1 + (width != FLOAT32))
