@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from lmforge.compiler import opened
 from lmforge.compiler.machine import machine_of
 from lmforge.compiler.resolve import flops_per_token
 from lmforge.compiler.scaling import scaled
@@ -15,7 +16,7 @@ from lmforge.plan import Band, Cost, PeakBytes, Plan, Step
 from lmforge.predict import static
 from lmforge.predict.demand import moved
 from lmforge.predict.job import Job
-from lmforge.predict.memory import peak
+from lmforge.predict.memory import Peak, peak
 from lmforge.predict.money import bill
 from lmforge.predict.time import missing, seconds
 from lmforge.stage.base import TrainingStage, parameters
@@ -26,15 +27,26 @@ def estimate(plan: Plan) -> Plan:
     config = plan.experiment.model.config()
     params = count(config)
     machine, here = machine_of(plan), plan.experiment.hardware.type == "here"
-    return scaled(dataclasses.replace(plan, steps=tuple(_costed(step, params, machine, config, here) for step in plan.steps)))
+    by_name = {step.name: step for step in plan.steps}
+
+    def costed(step: Step) -> Step:
+        return _trained(step, params, machine, config, here) if isinstance(step.spec, TrainingStage) else _read(step, by_name, params, machine, config)
+
+    return scaled(dataclasses.replace(plan, steps=tuple(map(costed, plan.steps))))
 
 
-def _costed(step: Step, params: ParamCount, machine: Machine, config: Mapping[str, Any], here: bool) -> Step:
-    if not isinstance(step.spec, TrainingStage):
-        if "checkpoint" not in {step.produces, *(one.kind for one in step.inputs)}:
-            return step
-        return dataclasses.replace(step, cost=Cost(params_total=params.total, params_active=params.active))
+def _read(step: Step, by_name: Mapping[str, Step], params: ParamCount, machine: Machine, config: Mapping[str, Any]) -> Step:
+    """A step that trains nothing: how large the model is that it takes or makes, and what running it needs."""
+    if "checkpoint" not in {step.produces, *(one.kind for one in step.inputs)}:
+        return step
+    found = opened.peak(step, by_name, config, machine)
+    needed = PeakBytes() if found is None else _fullest(PeakBytes(params=found.parts["params"] + found.parts["beside"]), found)
+    return dataclasses.replace(step, cost=Cost(params_total=params.total, params_active=params.active, peak_bytes_per_device=needed))
+
+
+def _trained(step: Step, params: ParamCount, machine: Machine, config: Mapping[str, Any], here: bool) -> Step:
     stage = step.spec
+    assert isinstance(stage, TrainingStage)
     assert stage.budget.steps is not None
     assert stage.seq_len is not None
     tokens = stage.budget.steps * (stage.optimizer.global_batch_tokens or 0)
@@ -57,10 +69,12 @@ def _memory(job: Job, machine: Machine) -> PeakBytes:
     """Between steps, and at the fullest moment of one where that is known of the model."""
     held, fullest = static.fullest(job), peak(job, machine)
     between = PeakBytes(params=held.params + held.base + held.beside, grads=held.grads, optimizer=held.optimizer)
-    if fullest is None:
-        return between
-    parts = {name: size for name, size in fullest.parts.items() if size}
-    return dataclasses.replace(between, parts=parts, moment=fullest.moment, total=fullest.total)
+    return between if fullest is None else _fullest(between, fullest)
+
+
+def _fullest(between: PeakBytes, at: Peak) -> PeakBytes:
+    parts = {name: size for name, size in at.parts.items() if size}
+    return dataclasses.replace(between, parts=parts, moment=at.moment, total=at.total)
 
 
 def _time(job: Job, machine: Machine) -> dict[str, Any]:

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from lmforge.compiler.verdict import Verdict
 from lmforge.compose.catalog import Catalog
 from lmforge.explain.words import gib
-from lmforge.hardware.nodes import Machine
 
 
-def larger(least: Verdict, machine: Machine) -> str:
-    """The smallest hardware of as many devices that holds it, by option, else what a device would have to have."""
+def larger(need: int, devices: int) -> str:
+    """The smallest hardware of as many devices whose devices hold so many bytes, by option, else what a device would have to have."""
     catalog = Catalog.of()
     known = {name: whole(catalog, "hardware", name) for name in sorted(catalog.options["hardware"])}
-    devices = least.step.placement.devices
     enough = [
         (one["memory_bytes"], one["devices"], name)
         for name, one in known.items()
-        if one.get("accelerator") == "cuda" and one["devices"] >= devices and one["memory_bytes"] >= least.need
+        if one.get("accelerator") == "cuda" and one["devices"] >= devices and one["memory_bytes"] >= need
     ]
-    return f"plan for hardware={min(enough)[2]}" if enough else f"{devices} device(s) would want {gib(least.need)} each: type a smaller model= or seq_len="
+    return f"plan for hardware={min(enough)[2]}" if enough else f"{devices} device(s) would want {gib(need)} each: type a smaller model= or seq_len="
 
 
 def whole(catalog: Catalog, group: str, option: str) -> dict[str, Any]:

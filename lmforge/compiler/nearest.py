@@ -64,7 +64,7 @@ def nearest(plan: Plan, step: Step, least: Verdict, machine: Machine, fitted: Fi
     ways = [one for same in (True, False) for one in sorted((way for way in tried if way.same is same), key=lambda way: way.found.order())[:SHOWN]]
     if ways:
         return f"type {', or '.join(one.said(least.seconds) for one in ways)}"
-    return f"nothing near it fits; {larger(least, machine)}"
+    return f"nothing near it fits; {larger(least.need, least.step.placement.devices)}"
 
 
 def _ways(step: Step, config: Mapping[str, Any], machine: Machine, fitted: Fitted) -> Iterator[Way]:

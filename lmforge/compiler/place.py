@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lmforge.compiler import opened
 from lmforge.compiler.cut import micro_batches, placed
 from lmforge.compiler.machine import machine_of
 from lmforge.compiler.verdict import Verdict, verdict
@@ -23,8 +24,15 @@ def place(plan: Plan) -> Plan:
     config, machine = plan.experiment.model.config(), machine_of(plan)
     problems: list[Problem] = []
     steps = []
+    by_name = {step.name: step for step in plan.steps}
     for step in plan.steps:
-        found = fitted(step, config, machine) if isinstance(step.spec, TrainingStage) else dataclasses.replace(step, placement=Placement(devices=1))
+        if not isinstance(step.spec, TrainingStage):
+            steps.append(dataclasses.replace(step, placement=Placement(devices=1)))
+            read = opened.peak(step, by_name, config, machine)
+            if read is not None and read.total > machine.memory_per_device(1):
+                problems.append(opened.refusal(step, read, machine))
+            continue
+        found = fitted(step, config, machine)
         if isinstance(found, Verdict):
             problems.append(_refusal(plan, step, found, machine))
         else:
@@ -46,7 +54,8 @@ def fitted(step: Step, config: Mapping[str, Any], machine: Machine) -> Step | Ve
         return min(tried, key=lambda one: one.need)
     best = min(good, key=Verdict.order)
     found = best.step.placement.micro_batch_size
-    said = f"{best.stage.parallel.activation_checkpointing} activation checkpointing and {found} rows at once: the fastest that fits {gib(best.room)}"
+    again = best.stage.parallel.checkpointing
+    said = f"{'no' if again == 'none' else again} activation checkpointing and {found} rows at once: the fastest that fits {gib(best.room)}"
     line = f"{said} (without: {gib(first.need)})"
     return dataclasses.replace(best.step, arithmetic=(*best.step.arithmetic, line))
 

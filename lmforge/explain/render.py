@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lmforge.explain.changes import flatten
 from lmforge.explain.words import duration, gib, plain
-from lmforge.plan import Cost, Plan, Step
+from lmforge.plan import Cost, PeakBytes, Plan, Step
 
 FLOPS = "FLOPs: 6N + 6LdT per token, N active parameters (embeddings included), causal attention"
 
@@ -69,15 +69,14 @@ def details(step: Step) -> Iterator[str]:
     yield from step.arithmetic
     cost, peak = step.cost, step.cost.peak_bytes_per_device
     if cost.params_trainable is None:
+        yield from _peak(peak)
         return
     active = f" ({cost.params_active:,} active)" if cost.params_active != cost.params_total else ""
     yield f"{cost.params_total:,} parameters{active}, {cost.params_trainable:,} trainable; {cost.tokens:,} tokens; {cost.train_flops:.3g} FLOPs"
     parts = ", ".join(f"{name} {gib(getattr(peak, name))}" for name in ("params", "grads", "optimizer"))
     mesh = " x ".join(f"{axis} {size}" for axis, size in step.placement.mesh.items() if size > 1)
     yield f"static memory {gib(peak.static)} a device ({parts}) on {step.placement.devices} device(s){f', mesh {mesh}' if mesh else ''}"
-    if peak.total is not None and peak.parts:
-        found = ", ".join(f"{name} {gib(size)}" for name, size in sorted(peak.parts.items(), key=lambda one: -one[1]))
-        yield f"peak memory {gib(peak.total)} a device, in {peak.moment} ({found})"
+    yield from _peak(peak)
     if cost.step_seconds:
         yield from _time(cost)
     if cost.communication:
@@ -85,6 +84,13 @@ def details(step: Step) -> Iterator[str]:
         yield f"communication a step and device: {sent}"
     options = ", ".join(f"{key} {value}" for key, value in flatten(step.placement.strategy).items() if key != "strategy")
     yield f"strategy {step.placement.strategy['strategy']}: {options}"
+
+
+def _peak(peak: PeakBytes) -> Iterator[str]:
+    """The fullest moment, with what is there."""
+    if peak.total is not None and peak.parts:
+        found = ", ".join(f"{name} {gib(size)}" for name, size in sorted(peak.parts.items(), key=lambda one: -one[1]))
+        yield f"peak memory {gib(peak.total)} a device, in {peak.moment} ({found})"
 
 
 def _time(cost: Cost) -> Iterator[str]:

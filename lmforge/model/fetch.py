@@ -50,6 +50,13 @@ class FetchWeights(StepNode):
         name, commit = pinned(source, revision)
         return cls(source=name, revision=commit, fingerprint=f"{name}@{commit or 'main'}", expected=config)
 
+    @property
+    def dtype(self) -> str | None:
+        """What the weights of a local folder are saved in, by its config.json; None where it does not say, or is elsewhere."""
+        folder = local_folder(self.source)
+        config = read_config(str(folder), None, "model.pretrained") if folder else {}
+        return config.get("dtype") or config.get("torch_dtype")
+
     def preflight(self) -> None:
         """A folder must hold its weights before anything runs; the hub is asked when it is this step's turn."""
         if folder := local_folder(self.source):

@@ -15,7 +15,7 @@ from lmforge.predict.moments import Moment, plus
 from lmforge.predict.tensors import walk
 from lmforge.predict.tensors.families import ORDER
 from lmforge.predict.tensors.heads import CHUNK_BYTES
-from lmforge.predict.tensors.run import Run
+from lmforge.predict.tensors.run import Kernel, Run
 from lmforge.stage.base import parameters
 from lmforge.step import Reading
 
@@ -36,7 +36,7 @@ def _moments(model: Shape, reading: Reading, width: int, machine: Machine) -> It
     if model.kind not in ORDER:
         yield "forward", {}
         return
-    kernel = "eager" if model.kind == "gemma2" else "cpu" if machine.accelerator == "cpu" else "efficient"
+    kernel: Kernel = "eager" if model.kind == "gemma2" else "cpu" if machine.accelerator == "cpu" else "efficient"
     run = Run(rows=reading.rows, length=reading.length, param=width, compute=width, kernel=kernel, masked=True, frozen=True)
     mask = run.rows * run.length**2 * (2 * width if model.kind == "gemma2" else 1)
     stream = run.tokens * model.hidden * width
