@@ -28,6 +28,7 @@ class Reading:
 
     rows: int  # sequences at once
     length: int  # tokens of each
+    shorter: bool = False  # whether they may as well be far shorter: only what the shortest need is refused
     dtype: str | None = None  # that its weights are opened in; None = the one they were saved in
     new: int = 0  # tokens drawn after each, with a cache of keys and values; logits are then of the last token only
     chunked: bool = False  # whether log-probs are taken of a part of the logits at a time

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -21,11 +22,13 @@ from lmforge.tokenizer.nodes import Tokenize
 UNKNOWN = "bfloat16"  # which most published weights are in; what hub weights are in is known when they are there
 
 
-def peak(step: Step, before: Mapping[str, Step], config: Mapping[str, Any], machine: Machine) -> Peak | None:
-    """Its memory, given the steps before it by name; None where it opens no model."""
+def peak(step: Step, before: Mapping[str, Step], config: Mapping[str, Any], machine: Machine, *, least: bool = False) -> Peak | None:
+    """Its memory, given the steps before it by name; with `least` that of the shortest sequences it may be given. None where it opens no model."""
     makers = [before[one.step] for one in step.inputs]
     rows = [one.spec.seq_len for one in makers if isinstance(one.spec, Tokenize)]
     found = step.spec.reads(min(max(rows, default=max_positions(config)), max_positions(config)))
+    if found is not None and found.shorter and least:
+        found = dataclasses.replace(found, length=1)
     return None if found is None else reading.peak(config, found, _saved(makers, before), machine)
 
 

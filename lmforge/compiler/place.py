@@ -28,7 +28,7 @@ def place(plan: Plan) -> Plan:
     for step in plan.steps:
         if not isinstance(step.spec, TrainingStage):
             steps.append(dataclasses.replace(step, placement=Placement(devices=1)))
-            read = opened.peak(step, by_name, config, machine)
+            read = opened.peak(step, by_name, config, machine, least=True)
             if read is not None and read.total > machine.memory_per_device(1):
                 problems.append(opened.refusal(step, read, machine))
             continue

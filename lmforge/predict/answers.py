@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from lmforge.hardware.nodes import Accelerator
 from lmforge.predict.job import Job
 from lmforge.predict.moments import Moment, Parts
-from lmforge.predict.passes import kernel, widths
+from lmforge.predict.passes import kernel, recasts, widths
 from lmforge.predict.tensors import walk
 from lmforge.predict.tensors.run import Run
 from lmforge.stage.base import parameters
@@ -25,13 +25,14 @@ def drawing(job: Job, rollout: Rollout, accelerator: Accelerator) -> Iterator[Mo
     shape, (param, compute) = job.shape, widths(job)
     prompt, length = rollout.prompt + job.stage.positions, rollout.prompt + rollout.new + job.stage.positions
     run = Run(
-        rows=rollout.sequences, length=prompt, param=param, compute=compute, kernel=kernel(job, accelerator, masked=True), masked=True, frozen=True
+        rows=rollout.sequences, length=prompt, param=param, compute=compute, kernel=kernel(job, accelerator, masked=True), masked=True, frozen=True,
+        recasts=recasts(job),
     )  # fmt: skip
     # Rotary tables have the residual stream's dtype, and so have the keys that they turn, and a layer's cache all of it.
     width = max(param, compute) if shape.rotary_dim else compute
     both = 2 * rollout.sequences * shape.keys * width
     read = run.tokens * param
-    copies = parameters(job.load.trained) * compute if run.autocast and not job.load.base else 0
+    copies = parameters(job.load.trained) * compute if run.autocast and not run.recasts and not job.load.base else 0
     around = read * (shape.hidden + 2 * shape.rotary_dim) + run.rows * prompt**2 + copies
     last = 0 if width != compute else both * prompt  # which the walk has too, where the kernel takes no copy of them
     yield "reading prompts", {"cache": shape.layers * both * prompt, "activations": walk.without_gradient(shape, run) + around - last}

@@ -122,6 +122,7 @@ def _run(job: Job, one: Pass, accelerator: Accelerator, attended: tuple[Attended
         adapter=low_rank(job),
         accumulated=kept(job) and not reduced(job),
         attended=attended,
+        recasts=recasts(job),
         tp=tp,
         splits=tuple((name.rpartition("{layer}.")[2], style) for name, style in split),
     )
@@ -135,6 +136,11 @@ def kept(job: Job) -> bool:
 def reduced(job: Job) -> bool:
     """Whether a layer's whole gradients go to their owners at once, so that they are new ones for every micro-batch."""
     return sharded(job) or (job.stage.parallel.flat and job.stage.parallel.shard_degree("grads", job.placement.devices) > 1)
+
+
+def recasts(job: Job) -> bool:
+    """Whether products save what they were given and cast it again: ZeRO-3 puts one of its own in torch's place (DeepSpeed 0.19, runtime/zero/linear.py)."""
+    return job.stage.parallel.flat and job.stage.parallel.shard_degree("params", job.placement.devices) > 1
 
 
 def sharded(job: Job) -> bool:

@@ -29,7 +29,8 @@ def peak(config: Mapping[str, Any], reading: Reading, saved: str, machine: Machi
     elements = parameters(weights(config))
     resting = {"params": elements * width, "beside": elements * FLOAT32 * reading.beside, "reserve": reserve(machine, 1)}
     moments = list(_moments(shape(config), reading, width, machine))
-    return max((Peak(parts=plus(resting, parts), moment=name) for name, parts in moments), key=lambda one: one.total)
+    told = f", if there are {reading.rows} of {reading.length:,} tokens" if reading.shorter else ""
+    return max((Peak(parts=plus(resting, parts), moment=f"{name}{told}") for name, parts in moments), key=lambda one: one.total)
 
 
 def _moments(model: Shape, reading: Reading, width: int, machine: Machine) -> Iterator[Moment]:

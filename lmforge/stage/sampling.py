@@ -33,7 +33,8 @@ class Sample(Stage):
         return context_tokens - self.max_new_tokens
 
     def reads(self, length: int) -> Reading:
-        return Reading(rows=self.batch_size, length=length, new=self.max_new_tokens)
+        """Prompts that leave an answer's room in the context, which few are as long as."""
+        return Reading(rows=self.batch_size, length=length, shorter=True, new=self.max_new_tokens)
 
     def run(self, context: Context) -> dict[str, Any]:
         """Draw, and write samples.jsonl."""

@@ -32,6 +32,7 @@ PLANS: dict[str, tuple[str, ...]] = {
         "parallel.offload_parameters=true",
         "precision=bf16",
         "stage.pretrain.budget.tokens=300e9",
+        "eval=none",
         *DATA,
         "hardware=h200x8",
     ),

@@ -44,6 +44,17 @@ def test_every_family_and_stage_has_a_peak(family: str, stage: str) -> None:
         assert found.parts["params"] + found.parts["base"] > 0
 
 
+def test_zero3_casts_weights_anew_for_every_product() -> None:
+    """Two real ranks hold 4,526,592 bytes more at the loss without checkpointing than with, counted tensor by tensor: activations, and no copy of a weight."""
+    deep = llama(256, 12, 4, 4, 2048, 1024, tied=False)
+
+    def at_loss(checkpointing: str) -> int:
+        cell = Cell(deep, "pretrain", 16, 1, layout="deepspeed_zero3", devices=2, compute_dtype="bfloat16", checkpointing=checkpointing)
+        return next(one.total for one in peaks(job(cell), CPU) if one.moment == "loss, forward")
+
+    assert at_loss("none") - at_loss("full") == 4_526_592
+
+
 def walks(cell: Cell) -> int:
     """How many layers and heads are walked for a plan."""
     for one in CACHES:

@@ -69,6 +69,11 @@ class Products:
         """A dense product. Autocast casts x anew for each, and keeps its copy of a trained weight until it is left; x's gradient saves a frozen one's."""
         tape, run = self.tape, self.run
         weight = tape.weight(inputs * outputs, run.param, trained)
+        count = x.count // inputs * outputs
+        if run.autocast and run.recasts:
+            both = (weight.count + x.count * (x.width != run.compute)) * run.compute
+            tape.temporary(both + count * run.compute)
+            return tape.operation(count, run.compute, (x, weight), (x, weight), temporary=both, product=True)
         cast, copy = x, weight
         if run.autocast:
             cast = x if x.width == run.compute else tape.operation(x.count, run.compute, (x,), gradients={id(x): x.nbytes})
@@ -77,7 +82,7 @@ class Products:
         if trained:
             saves.append(cast)
         terms = [cast, copy, *([tape.weight(outputs, run.param, trained)] if bias else [])]
-        y = tape.operation(x.count // inputs * outputs, run.compute, terms, saves, product=True)
+        y = tape.operation(count, run.compute, terms, saves, product=True)
         if cast is not x:
             tape.drop(cast)
         if copy is not weight and copy.storage is not None:

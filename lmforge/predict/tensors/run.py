@@ -46,6 +46,7 @@ class Run:
     adapter: LowRank | None = None
     accumulated: bool = False  # gradients of an earlier micro-batch are there
     attended: tuple[Attended, ...] = ()  # a shared prompt's calls; none: one over the whole row
+    recasts: bool = False  # products save what they were given, and cast it again in backward
     tp: int = 1
     splits: tuple[tuple[str, Split], ...] = ()  # how tensor parallel splits matrices of a layer
 
