@@ -204,7 +204,7 @@ RELATIONS = [
         "of 79.6 GiB on one device of NVIDIA H100 80GB HBM3 (",
         "parallel.cpu_offload=true (41.7 GiB",
     ),
-    ("run stage=pretrain model=70b", "stage.pretrain", "GiB on one device of ", "1 device(s) would want"),
+    ("run stage=pretrain model=70b", "stage.pretrain", "GiB on one device of ", "the device would have to have"),
 ]
 
 DATA = [

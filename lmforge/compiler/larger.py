@@ -17,7 +17,9 @@ def larger(need: int, devices: int) -> str:
         for name, one in known.items()
         if one.get("accelerator") == "cuda" and one["devices"] >= devices and one["memory_bytes"] >= need
     ]
-    return f"plan for hardware={min(enough)[2]}" if enough else f"{devices} device(s) would want {gib(need)} each: type a smaller model= or seq_len="
+    if enough:
+        return f"plan for hardware={min(enough)[2]}"
+    return f"{'each device' if devices > 1 else 'the device'} would have to have {gib(need)}: type a smaller model= or seq_len="
 
 
 def whole(catalog: Catalog, group: str, option: str) -> dict[str, Any]:

@@ -49,5 +49,7 @@ def refusal(step: Step, found: Peak, machine: Machine) -> Problem:
     """What is too large, and what would hold it; a measurement can be left out."""
     parts = ", ".join(f"{part} {gib(size)}" for part, size in sorted(found.parts.items(), key=lambda one: -one[1])[:2] if size)
     what = f"opens the whole model on one device, and needs {gib(found.total)} of {gib(machine.memory_per_device(1))} of {machine.name} ({parts})"
-    instead = larger(found.total, 1)
-    return Problem(step.name, what, f"type eval=none, or {instead}" if step.group == "eval" else instead)
+    if step.group != "eval":
+        return Problem(step.name, what, larger(found.total, 1))
+    fewer = found.total - found.parts["beside"] <= machine.memory_per_device(1)
+    return Problem(step.name, what, f"type {'eval.untrained=false' if fewer else 'eval=none'}, or {larger(found.total, 1)}")

@@ -53,11 +53,14 @@ def fitted(step: Step, config: Mapping[str, Any], machine: Machine) -> Step | Ve
     if not good:
         return min(tried, key=lambda one: one.need)
     best = min(good, key=Verdict.order)
-    found = best.step.placement.micro_batch_size
-    again = best.stage.parallel.checkpointing
-    said = f"{'no' if again == 'none' else again} activation checkpointing and {found} rows at once: the fastest that fits {gib(best.room)}"
-    line = f"{said} (without: {gib(first.need)})"
+    line = f"{_way(best)}: the fastest that fits {gib(best.room)} ({_way(first)}: {gib(first.need)})"
     return dataclasses.replace(best.step, arithmetic=(*best.step.arithmetic, line))
+
+
+def _way(one: Verdict) -> str:
+    """`selective activation checkpointing and 2 rows at once`."""
+    again, rows = one.stage.parallel.checkpointing, one.step.placement.micro_batch_size
+    return f"{'no' if again == 'none' else again} activation checkpointing and {rows} row{'' if rows == 1 else 's'} at once"
 
 
 def _ways(step: Step, machine: Machine) -> Iterator[Step]:

@@ -48,9 +48,9 @@ PlanOf = Callable[..., Plan]
 BATCH = "stage.pretrain.optimizer.global_batch_tokens=4194304"
 JOBS = {
     "dpo_7b": ("stage=dpo", "model=7b", "parallel=fsdp", "hardware=h100x8"),
-    "70b_on_512": ("stage=pretrain", "model=70b", "parallel=3d", "hardware=h100x512", "precision=bf16", BATCH),
-    "175b_on_1024": ("stage=pretrain", "model=gpt3_175b", "parallel=fsdp", "hardware=h100x1024", "precision=bf16", BATCH),
-    "175b_hsdp": ("stage=pretrain", "model=gpt3_175b", "parallel=hsdp", "parallel.dp_replicate=16", "hardware=h100x1024", "precision=bf16", BATCH),
+    "70b_on_512": ("stage=pretrain", "model=70b", "parallel=3d", "hardware=h100x512", "precision=bf16", "eval=none", BATCH),
+    "175b_on_1024": ("stage=pretrain", "model=gpt3_175b", "parallel=fsdp", "hardware=h100x1024", "precision=bf16", "eval=none", BATCH),
+    "175b_hsdp": ("stage=pretrain", "model=gpt3_175b", "parallel=hsdp", "parallel.dp_replicate=16", "hardware=h100x1024", "precision=bf16", "eval=none", BATCH),
 }
 TINY = {
     "num_hidden_layers": 3, "num_key_value_heads": 2, "hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "max_position_embeddings": 64,

@@ -49,14 +49,14 @@ def test_a_pipeline_sends_hidden_states_both_ways(plan_of: PlanOf) -> None:
 
 
 def test_the_plan_says_what_a_rank_holds(plan_of: PlanOf) -> None:
-    step = plan_of("stage=pretrain", "model=70b", "parallel=3d", "parallel.pp=3", "parallel.devices=384", "hardware=h100x512", f"{BATCH}=1572864").step(
-        "pretrain"
-    )
+    step = plan_of(
+        "stage=pretrain", "model=70b", "parallel=3d", "parallel.pp=3", "parallel.devices=384", "hardware=h100x512", "eval=none", f"{BATCH}=1572864"
+    ).step("pretrain")
     assert "each rank holds up to 27 of 80 layers, 1/2 of each matrix, 1/64 of that" in step.arithmetic
 
 
 def test_a_batch_for_a_pipeline_is_one_that_keeps_its_stages_busy(plan_of: PlanOf) -> None:
-    words = ("stage=pretrain", "model=70b", "parallel=3d", "hardware=h100x512", "precision=bf16")
+    words = ("stage=pretrain", "model=70b", "parallel=3d", "hardware=h100x512", "precision=bf16", "eval=none")
     with pytest.raises(PlanError) as caught:
         plan_of(*words)
     (problem,) = caught.value.problems
