@@ -105,7 +105,7 @@ def read(*words: str, folder: str | None = None) -> Experiment:
 
 
 def by_model(repeats: int) -> dict[str, float]:
-    fixed = ("stage=pretrain", "parallel=fsdp", "hardware=h100x1024", "optimizer.global_batch_tokens=4194304")
+    fixed = ("stage=pretrain", "eval=none", "parallel=fsdp", "hardware=h100x1024", "optimizer.global_batch_tokens=4194304")
     return compiled({model: read(*fixed, f"model={model}") for model in MODELS}, repeats)
 
 

@@ -104,7 +104,7 @@ class Open:
         if one not in self.verdicts:
             step, time = placed(self.typed(one), self.machine.devices), self.times.get(one)
             parts = needs(self.job(one), self.machine)
-            self.verdicts[one] = Verdict(step, parts, self.machine.memory_per_device(one.devices), time.total if time else None)
+            self.verdicts[one] = Verdict(step, parts, self.machine.memory_per_device(one.devices), lambda: time.total if time else None)
         return self.verdicts[one]
 
     def _seconds(self, one: Candidate) -> float | None:

@@ -67,7 +67,7 @@ class _Expansion:
     def add(self, name: str, spec: StepNode, inputs: tuple[Artifact, ...]) -> Artifact:
         """The step that does this, made once however many ask for it."""
         for step in self.made:
-            if step.spec == spec and step.inputs == inputs:
+            if step.inputs == inputs and step.spec == spec:  # inputs differ more often, and compare faster
                 return Artifact(step=step.name, kind=spec.makes())
         taken = {step.name for step in self.made}
         name = name if name not in taken else next(f"{name}.{n}" for n in range(2, 1000) if f"{name}.{n}" not in taken)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,12 @@ class Verdict:
     step: Step
     parts: Mapping[str, int]
     room: int  # bytes of a device
-    seconds: float | None  # of an optimizer step; None where the machine's figures are not known
+    time: Callable[[], float | None]  # asked for what fits only
+
+    @functools.cached_property
+    def seconds(self) -> float | None:
+        """Of an optimizer step; None where the machine's figures are not known."""
+        return self.time()
 
     @property
     def stage(self) -> TrainingStage:
@@ -54,8 +59,12 @@ def verdict(step: Step, config: Mapping[str, Any], machine: Machine) -> Verdict:
     """What is predicted of a step that has been placed."""
     assert isinstance(step.spec, TrainingStage)
     job = Job(config, step.spec, step.placement)
-    time = seconds(job, machine)
-    return Verdict(step, needs(job, machine), machine.memory_per_device(step.placement.devices), None if time is None else time.total)
+
+    def time() -> float | None:
+        found = seconds(job, machine)
+        return None if found is None else found.total
+
+    return Verdict(step, needs(job, machine), machine.memory_per_device(step.placement.devices), time)
 
 
 def needs(job: Job, machine: Machine) -> Mapping[str, int]:
