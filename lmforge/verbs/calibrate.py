@@ -13,6 +13,7 @@ from lmforge.codec import encode
 from lmforge.errors import ConfigError
 from lmforge.hardware.calibration import Calibration, make_folder
 
+NOISY = 0.2  # of the training step's time, that its repeats differ by; on a quiet machine it is less than half of that
 USAGE = "type: calibrate [output=FOLDER] [links=false] [--json]"
 
 
@@ -54,6 +55,8 @@ def said(found: Calibration) -> list[str]:
     if found.bandwidth and found.latency is not None:
         lines.append(f"two ranks         {found.bandwidth / 1e9:,.2f} GB/s, {1e6 * found.latency:.0f} us")
     lines.append(f"a training step   {found.residual:.2f} times these kernels besides products and update (noise {100 * found.noise:.0f} %)")
+    if found.noise > NOISY:
+        lines.append("                  other work ran beside it: calibrate again when this machine is quiet")
     lines.append(f"around a step     {1e3 * found.step:.1f} ms of the loop")
     if found.learned_from:
         lines.append(f"finished runs     {found.learned:.2f} times that, by {found.learned_from} training steps of this store")
