@@ -60,15 +60,16 @@ class Way:
 def nearest(plan: Plan, step: Step, least: Verdict, machine: Machine, fitted: Fitted) -> str:
     """What to type instead: at most two ways to the same result and two to another, the fastest first; `step` has not been placed."""
     config = plan.experiment.model.config()
-    tried = list(_ways(step, config, machine, fitted))
+    alone = sum(isinstance(one.spec, TrainingStage) for one in plan.steps) == 1
+    tried = list(_ways(step, "" if alone else f"stage.{step.name}.", config, machine, fitted))
     ways = [one for same in (True, False) for one in sorted((way for way in tried if way.same is same), key=lambda way: way.found.order())[:SHOWN]]
     if ways:
         return f"type {', or '.join(one.said(least.seconds) for one in ways)}"
     return f"nothing near it fits; {larger(least.need, least.step.placement.devices)}"
 
 
-def _ways(step: Step, config: Mapping[str, Any], machine: Machine, fitted: Fitted) -> Iterator[Way]:
-    """Those that fit, each under the keys that decide it."""
+def _ways(step: Step, at: str, config: Mapping[str, Any], machine: Machine, fitted: Fitted) -> Iterator[Way]:
+    """Those that fit, each under the keys that decide it; `at` is where its keys are typed."""
     assert isinstance(step.spec, TrainingStage)
     typed = [name for name in OPEN if getattr(step.spec.parallel, name) is not None]
     fitting: list[Change] = []
@@ -79,7 +80,7 @@ def _ways(step: Step, config: Mapping[str, Any], machine: Machine, fitted: Fitte
         found = fitted(changed, config, machine) if changed is not None else None
         if isinstance(found, Step):
             fitting.append(change)
-            yield Way(_words(step, change, found, typed), verdict(found, config, machine), change not in OTHER)
+            yield Way(_words(step, at, change, found, typed), verdict(found, config, machine), change not in OTHER)
 
 
 def _changed(step: Step, change: Change, config: Mapping[str, Any], machine: Machine) -> Step | None:
@@ -112,12 +113,11 @@ def _option(group: str, option: str, now: Node) -> Any:
     return decode(kind, {**own, **before, **given}, group)
 
 
-def _words(step: Step, change: Change, found: Step, typed: Sequence[str]) -> str:
+def _words(step: Step, at: str, change: Change, found: Step, typed: Sequence[str]) -> str:
     """The overrides that say it."""
     assert isinstance(found.spec, TrainingStage)
     assert isinstance(step.spec, TrainingStage)
-    at = f"stage.{step.name}"
-    words = [f"{at}.parallel.{name}=true" if value is True else f"{at}.{name}={value}" for name, value in change.items()]
+    words = [f"{at}parallel.{name}=true" if value is True else f"{at}{name}={value}" for name, value in change.items()]
     settled = {name: getattr(found.spec.parallel, name) for name in typed}
-    words += [f"{at}.parallel.{name}={value}" for name, value in settled.items() if value != getattr(step.spec.parallel, name)]
+    words += [f"{at}parallel.{name}={value}" for name, value in settled.items() if value != getattr(step.spec.parallel, name)]
     return " ".join(words)
