@@ -375,7 +375,7 @@ NASTY = [
         "do not split over 3",
         "type",
     ),
-    ("plan stage=pretrain model.num_hidden_layers=1e9", "stage.pretrain", "GiB on one device of", "smaller model="),
+    ("plan stage=pretrain model.num_hidden_layers=1e9", "stage.pretrain", "GiB on one device of", "model= or seq_len= be smaller"),
     ("plan stage=pretrain model.vocab_size=1e15", "tokens.text.vocab_size", "ids do not fit in 32 bits", ""),
     # Keys inside a group that another layer replaced.
     ("plan stage=pretrain stage.pretrain.parallel=ddp parallel.devices=2 hardware=cpu", "parallel.devices", "unknown key", "micro_batch_size"),

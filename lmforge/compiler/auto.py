@@ -99,6 +99,10 @@ class Open:
             self.times[one] = seconds(self.job(one), self.machine)
         return self.times[one]
 
+    def lacks(self, one: Candidate) -> tuple[str, ...]:
+        """The keys of `hardware` that its time would need."""
+        return missing(self.job(one), self.machine)
+
     def verdict(self, one: Candidate) -> Verdict:
         """What it needs."""
         if one not in self.verdicts:

@@ -10,6 +10,7 @@ from lmforge.compiler import opened
 from lmforge.compiler.machine import machine_of
 from lmforge.compiler.resolve import flops_per_token
 from lmforge.compiler.scaling import scaled
+from lmforge.explain.words import gib
 from lmforge.hardware.nodes import Machine
 from lmforge.model.weights import ParamCount, count
 from lmforge.plan import Band, Cost, PeakBytes, Plan, Step
@@ -61,13 +62,13 @@ def _trained(step: Step, params: ParamCount, machine: Machine, config: Mapping[s
         communication=stage.parallel.sends(job.cut, moved(job)),
         **_time(job, machine),
     )
-    said = ("" if stage.parallel.flat else job.cut.said(), _untimed(job, machine, here))
+    said = ("" if stage.parallel.flat else job.cut.said(), _offloaded(job, machine), _untimed(job, machine, here))
     return dataclasses.replace(step, cost=cost, arithmetic=(*step.arithmetic, *filter(None, said)))
 
 
 def _memory(job: Job, machine: Machine) -> PeakBytes:
     """Between steps, and at the fullest moment of one where that is known of the model."""
-    held, fullest = static.fullest(job), peak(job, machine)
+    held, fullest = static.fullest(job, machine.accelerator), peak(job, machine)
     between = PeakBytes(params=held.params + held.base + held.beside, grads=held.grads, optimizer=held.optimizer)
     return between if fullest is None else _fullest(between, fullest)
 
@@ -94,6 +95,13 @@ def _time(job: Job, machine: Machine) -> dict[str, Any]:
         "money": paid.money,
         "energy_kwh": paid.energy_kwh,
     }
+
+
+def _offloaded(job: Job, machine: Machine) -> str:
+    """What lies in the memory of a node's host, of which no key says how much there is."""
+    here = min(machine.devices_per_node, job.placement.devices)
+    away = static.offloaded(job) * here if machine.accelerator == "cuda" else 0
+    return f"offloaded: {gib(away)} in each node's host memory, of which no more is known" if away else ""
 
 
 def _untimed(job: Job, machine: Machine, here: bool) -> str:

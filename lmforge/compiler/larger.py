@@ -19,7 +19,7 @@ def larger(need: int, devices: int) -> str:
     ]
     if enough:
         return f"plan for hardware={min(enough)[2]}"
-    return f"{'each device' if devices > 1 else 'the device'} would have to have {gib(need)}: type a smaller model= or seq_len="
+    return f"{'each device' if devices > 1 else 'the device'} would have to have {gib(need)}, or model= or seq_len= be smaller"
 
 
 def whole(catalog: Catalog, group: str, option: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ Change = dict[str, Any]  # key of `parallel` or a group of the stage -> value or
 SAME: tuple[Change, ...] = (  # the same result, spread or kept otherwise
     {"parallel": "ddp"},
     {"parallel": "fsdp"},
+    {"cpu_offload": True},
     {"parallel": "fsdp", "cpu_offload": True},
 )
 OTHER: tuple[Change, ...] = (  # another result
@@ -89,6 +90,8 @@ def _changed(step: Step, change: Change, config: Mapping[str, Any], machine: Mac
     assert isinstance(stage, TrainingStage)
     try:
         for name, value in change.items():
+            if name == "cpu_offload" and not hasattr(stage.parallel, name):
+                return None
             if name in OPEN or name == "cpu_offload":
                 stage = dataclasses.replace(stage, parallel=dataclasses.replace(stage.parallel, **{name: value}))
             elif hasattr(stage, name):

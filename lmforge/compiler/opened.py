@@ -52,4 +52,4 @@ def refusal(step: Step, found: Peak, machine: Machine) -> Problem:
     if step.group != "eval":
         return Problem(step.name, what, larger(found.total, 1))
     fewer = found.total - found.parts["beside"] <= machine.memory_per_device(1)
-    return Problem(step.name, what, f"type {'eval.untrained=false' if fewer else 'eval=none'}, or {larger(found.total, 1)}")
+    return Problem(step.name, what, f"type {'eval.untrained=false' if fewer else 'eval=none'}; or {larger(found.total, 1)}")

@@ -29,6 +29,7 @@ class Asked(Protocol):
     def typed(self, one: Candidate) -> Step: ...
     def time(self, one: Candidate) -> StepTime | None: ...
     def verdict(self, one: Candidate) -> Verdict: ...
+    def lacks(self, one: Candidate) -> tuple[str, ...]: ...
 
 
 def words(asked: Asked, one: Candidate) -> str:
@@ -55,7 +56,9 @@ def lines(asked: Asked, ranking: Ranking) -> list[str]:
     """The choice, then up to four others with why each lost: the nearest to fitting of those that are faster, and the next that fit."""
     best = ranking.best[0]
     first, found = asked.time(best), asked.verdict(best)
-    figures = [f"{_seconds(first)} a step"] if first else [f"without times, for {', '.join(asked.unknown)} is not known: the simplest that fits"]
+    figures = (
+        [f"{_seconds(first)} a step"] if first else [f"without times, for {', '.join(asked.unknown or asked.lacks(best))} is not known: the simplest that fits"]
+    )
     chosen = f"auto: {words(asked, best)}: {', '.join([*figures, f'{gib(found.need)} of {gib(found.room)}'])}"
     others = [*ranking.larger, *ranking.best[1 : 1 + OTHERS - len(ranking.larger)]]
     return [*([f"auto: {asked.idle}"] if asked.idle else []), chosen, *(f"auto: {words(asked, one)}: {_lost(asked, best, one)}" for one in others)]

@@ -79,7 +79,8 @@ class Search:
         if not best:
             return
         first, told = next(iter(best.values())), set(best)
-        near = (one for one, need in self.asked.items() if self.room(one) < need < FAR * self.room(one))
+        offloads = self.space.auto.cpu_offload is True  # else it is never what makes a way faster
+        near = (one for one, need in self.asked.items() if self.room(one) < need < FAR * self.room(one) and one.offload == offloads)
         for one in sorted(near, key=self._need):
             if len(told) < len(best) + LARGER and one.way not in told and self._timed(one) < first:
                 told.add(one.way)

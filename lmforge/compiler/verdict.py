@@ -72,5 +72,5 @@ def needs(job: Job, machine: Machine) -> Mapping[str, int]:
     found = peak(job, machine)
     if found is not None:
         return dict(found.parts)
-    held = static.fullest(job)
+    held = static.fullest(job, machine.accelerator)
     return {field.name: getattr(held, field.name) for field in dataclasses.fields(held) if field.name != "stage"}

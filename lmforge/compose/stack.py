@@ -35,6 +35,11 @@ class Entry(NamedTuple):
     names: frozenset[str]  # as an entry `group: option` names the group
     parent: Source | None
 
+    @property
+    def inherited(self) -> bool:
+        """Whether an option of its own group names it, as h100x8 begins from h100x1; what is typed of the group then chose that one."""
+        return self.parent is not None and self.parent.file.parent == self.source.file.parent
+
 
 class Stack:
     """One composition's files, lowest first, then its typed words. Hydra says which files, where each goes and what chose it."""
@@ -50,11 +55,17 @@ class Stack:
         for one in self.entries:
             package = one.package.split(".") if one.package else []
             if parts[: len(package)] == package and (said := one.source.at(parts[len(package) :])):
-                chooser = list(self._choosers(one))
-                yield self._layer(one.source, said, f"{one.group}={one.option} by {chooser[-1].where}" if chooser else "")
+                yield self._layer(one.source, said, self._chosen(one))
         for word in self.typed:
             if not word.is_choice and (key in word.keys or any(key.startswith(f"{inner}.") for inner in word.keys[1:])):
                 yield self._word(word)
+
+    def _chosen(self, entry: Entry) -> str:
+        """What chose a file; and for one that another option begins from, what chose that."""
+        chooser = list(self._choosers(entry))
+        said = f"{entry.group}={entry.option} by {chooser[-1].where}" if chooser else ""
+        above = next((one for one in self.entries if entry.inherited and one.source == entry.parent), None)
+        return ", ".join(filter(None, (said, self._chosen(above) if above else "")))
 
     def choices(self, key: str) -> Iterator[Layer]:
         """What chose the option at a place, or the stages at `stage`."""
@@ -66,6 +77,8 @@ class Stack:
         """The entries of defaults lists that name its group, its parent's own first, then the words that do."""
         if entry.parent and (said := entry.parent.choice(entry.names, entry.option)):
             yield self._layer(entry.parent, said)
+        if entry.inherited:
+            return
         for source in dict.fromkeys(one.source for one in self.entries if one.source != entry.parent):
             if (said := source.choice(entry.names)) and said.text.startswith("override "):
                 yield self._layer(source, said)

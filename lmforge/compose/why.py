@@ -76,7 +76,9 @@ class Origins:
         if not key.startswith("model.") or name not in made:
             known = [*_dotted(self.tree), *(f"model.{one}" for one in made)]
             ends = [one for one in known if one.endswith(f".{key}")]
-            raise ConfigError(key, "unknown key", f"did you mean '{ends[0]}'?" if ends else did_you_mean(key, known))
+            near = f"did you mean '{ends[0]}'?" if ends else did_you_mean(key, known)
+            first = ", ".join(dict.fromkeys(one.partition(".")[0] for one in known))
+            raise ConfigError(key, "unknown key", near if near.startswith("did you mean") else f"keys begin with one of: {first}; `list GROUP` shows them")
         last = Layer("config.json", f"{name}: {made[name]}", f"what model.type={self.meant.model.type} makes of its keys")
         return Why(key, made[name], (*self._layers("model"), last), "", (), self.meant)
 

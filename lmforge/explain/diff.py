@@ -82,16 +82,14 @@ def _parts(peak: Any) -> dict[str, int]:
 
 def _step_seconds(cost: Cost) -> float | None:
     """The expected seconds of an optimizer step."""
-    said = getattr(cost, "step_seconds", None)
-    found: float | None = getattr(said, "expected", said)
-    return found
+    return None if cost.step_seconds is None else cost.step_seconds.expected
 
 
 FIGURES: tuple[tuple[str, Callable[[Cost], float | None], Words], ...] = (
     ("time a step", _step_seconds, duration),
     ("time in all", lambda cost: cost.seconds, duration),
     ("device-hours", lambda cost: cost.device_hours, plain),
-    ("money", lambda cost: getattr(cost, "money", None), plain),
+    ("money", lambda cost: cost.money, plain),
     ("tokens", lambda cost: cost.tokens, count),
     ("FLOPs", lambda cost: cost.train_flops, lambda flops: f"{flops:.3g}"),
     ("trainable parameters", lambda cost: cost.params_trainable, count),

@@ -9,7 +9,10 @@ from lmforge.explain.changes import flatten
 from lmforge.explain.words import duration, gib, plain
 from lmforge.plan import Cost, PeakBytes, Plan, Step
 
-FLOPS = "FLOPs: 6N + 6LdT per token, N active parameters (embeddings included), causal attention"
+FLOPS = (
+    "FLOPs: 6N + 6LdT per token, N active parameters (embeddings included), causal attention; "
+    "MFU counts the products of all models of a step, 4N where a base is frozen"
+)
 
 
 @dataclass(frozen=True)
@@ -105,4 +108,4 @@ def _time(cost: Cost) -> Iterator[str]:
     yield f"of a step: {parts}"
     paid = "" if cost.money is None else f", {cost.money:,.0f} in money"
     energy = "" if cost.energy_kwh is None else f", {cost.energy_kwh:,.3g} kWh"
-    yield f"{duration(cost.seconds)} in all, {cost.device_hours:,.3g} device-hours{paid}{energy}"
+    yield f"{duration(cost.seconds)} in all, {plain(cost.device_hours or 0.0)} device-hours{paid}{energy}"

@@ -20,7 +20,7 @@ def duration(seconds: float) -> str:
     size = abs(seconds)
     for least, length, unit in ((2 * 86400, 86400, "days"), (2 * 3600, 3600, "h"), (120, 60, "min"), (1, 1, "s"), (1e-3, 1e-3, "ms")):
         if size >= least:
-            return f"{seconds / length:,.3g} {unit}"
+            return f"{seconds / length:,.0f} {unit}" if size >= 1000 * length else f"{seconds / length:.3g} {unit}"
     return f"{seconds * 1e6:.3g} us" if seconds else "0 s"
 
 

@@ -108,8 +108,12 @@ def read(file: Path) -> Calibration:
     except LmforgeError as error:
         raise ConfigError(str(file), f"is no calibration: {error.problems[0]}", instead) from error
     numbers = [*found.matmul.values(), found.memory, found.update, found.launch, found.loader, found.residual, found.learned, *_rates(found)]
-    if not found.matmul or min(numbers) <= 0:
+    if not found.matmul or min(numbers) <= 0 or found.threads < 1 or (found.bandwidth is not None and found.bandwidth <= 0):
         raise ConfigError(str(file), "is no calibration: a rate is not above 0", instead)
+    if min(found.step, found.noise, found.latency or 0.0) < 0:
+        raise ConfigError(str(file), "is no calibration: a time is below 0", instead)
+    if missing := sorted(set(found.matmul) - set(found.attention)):
+        raise ConfigError(str(file), f"is no calibration: it has no attention in {missing[0]}", instead)
     return found
 
 
@@ -139,8 +143,12 @@ def strangers(machine: Machine, output: str | Path) -> str:
     files = sorted(folder.glob("*.json")) if folder.is_dir() else []
     if not files or (folder / f"{machine.fingerprint}.json").is_file():
         return ""
-    return _another(files[0], read(files[0]), machine)
+    try:
+        return _another(files[0], read(files[0]), machine)
+    except ConfigError as error:  # of another machine, so that nothing hangs on it
+        return f"{error.problems[0].where} is not used, and {error.problems[0].what}"
 
 
 def _another(file: Path, found: Calibration, machine: Machine) -> str:
-    return f"{file} was measured on {found.name} ({found.devices} devices) and not on {machine.name}: ignored; type python -m lmforge calibrate"
+    theirs, ours = f"{found.name} ({found.devices} devices, {found.fingerprint})", f"{machine.name} ({machine.fingerprint})"
+    return f"{file} was measured on {theirs} and not on {ours}: ignored; type python -m lmforge calibrate"

@@ -51,7 +51,7 @@ def peaks(job: Job, machine: Machine) -> Iterator[Peak]:
     if not seen(job):
         return
     outside = {"reserve": reserve(machine, job.placement.devices), "activations": constants(job)}
-    for held in static.held(job):
+    for held in static.held(job, machine.accelerator):
         there = plus(dict.fromkeys(PARTS, 0), outside, _at_rest(held))
         for name, parts in moments(job, machine, held):
             yield Peak(parts=plus(there, parts), moment=name)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from lmforge.hardware.nodes import Accelerator
 from lmforge.parallel.nodes import Part
 from lmforge.predict.job import Job
 from lmforge.stage.base import parameters
@@ -12,7 +14,7 @@ from lmforge.stage.base import parameters
 
 @dataclass(frozen=True, kw_only=True)
 class Static:
-    """Bytes on one device. What is offloaded lies in host memory and counts nothing here."""
+    """Bytes on one device. What a GPU offloads lies in host memory and counts nothing here."""
 
     stage: int  # of the pipeline
     params: int  # that are trained
@@ -26,14 +28,20 @@ class Static:
         return self.params + self.grads + self.optimizer + self.base + self.beside
 
 
-def held(job: Job) -> list[Static]:
-    """What the first rank of each pipeline stage holds: as much as any of its stage."""
-    return [_flat(job)] if job.stage.parallel.flat else list(_meshed(job))
+def held(job: Job, accelerator: Accelerator) -> list[Static]:
+    """What the first rank of each pipeline stage holds: as much as any of its stage. A CPU's device is its host, so that offloading frees nothing there."""
+    found = [_flat(job)] if job.stage.parallel.flat else list(_meshed(job))
+    return [_without_offloaded(job, one) for one in found] if accelerator == "cuda" else found
 
 
-def fullest(job: Job) -> Static:
+def fullest(job: Job, accelerator: Accelerator) -> Static:
     """The device that holds most."""
-    return max(held(job), key=lambda one: one.total)
+    return max(held(job, accelerator), key=lambda one: one.total)
+
+
+def offloaded(job: Job) -> int:
+    """Bytes that a GPU's state takes in its host's memory."""
+    return max(one.total for one in held(job, "cpu")) - max(one.total for one in held(job, "cuda"))
 
 
 def _flat(job: Job) -> Static:
@@ -66,14 +74,25 @@ def _base(job: Job, at: Mapping[str, int]) -> int:
     return here if kept == whole else -(-kept // job.mesh["dp_shard"])
 
 
-def _on_device(job: Job, stage: int, params: int, grads: int, optimizer: int, base: int) -> Static:
-    """Without what lies in host memory, and with the models beside the trained one."""
+def _without_offloaded(job: Job, one: Static) -> Static:
+    """What stays on the device where parts lie in host memory."""
     offloads = job.stage.parallel.offloads
+    return dataclasses.replace(
+        one,
+        params=0 if offloads("params") else one.params,
+        grads=0 if offloads("grads") else one.grads,
+        optimizer=0 if offloads("optimizer") else one.optimizer,
+        base=0 if offloads("params") else one.base,
+    )
+
+
+def _on_device(job: Job, stage: int, params: int, grads: int, optimizer: int, base: int) -> Static:
+    """With the models beside the trained one."""
     return Static(
         stage=stage,
-        params=0 if offloads("params") else params,
-        grads=0 if offloads("grads") else grads,
-        optimizer=0 if offloads("optimizer") else optimizer,
-        base=0 if offloads("params") else base,
+        params=params,
+        grads=grads,
+        optimizer=optimizer,
+        base=base,
         beside=parameters(job.load.frozen) * job.stage.precision.param_bytes,
     )

@@ -35,7 +35,7 @@ class StepTime:
     low: float
     high: float
     tokens: int  # of the global batch
-    devices: int
+    devices: int  # that are taken: on a CPU all cores, whatever the ranks
     model_flops: float  # of all devices
     hardware_flops: float
     peak_flops: float | None  # of all devices together; None is not known, and then there is no utilization
@@ -80,7 +80,7 @@ def seconds(job: Job, machine: Machine, workload: Workload | None = None) -> Ste
         low=low,
         high=high,
         tokens=job.rows * job.accumulation * ranks * job.stage.row_tokens,
-        devices=job.placement.devices,
+        devices=job.placement.devices if found.gpu else machine.devices,
         model_flops=ranks * demand.model_flops(job, work),
         hardware_flops=ranks * demand.hardware_flops(job, work),
         peak_flops=peak * (job.placement.devices if found.gpu else machine.devices) if peak else None,

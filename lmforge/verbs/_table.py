@@ -66,7 +66,7 @@ def _peak(machine: Machine, words: Sequence[str]) -> float | None:
 def _line(row: Row, peak: float | None, cost: Cost) -> tuple[str, ...]:
     least = plain(row.hours_at(peak)) if peak else "-"
     expected = plain(cost.device_hours * row.flops / cost.train_flops) if cost.device_hours is not None and cost.train_flops else "-"
-    mfu = getattr(cost, "mfu", None)
+    mfu = cost.mfu
     own = "-" if cost.params_total is None else f"{cost.params_total:,}"
     figures = (short(row.parameters), short(row.tokens), f"{row.flops:.3g}", least, expected, "-" if mfu is None else f"{mfu:.2f}", own)
     return (row.option, *figures)

@@ -76,7 +76,8 @@ def _resolved(step: Step, path: list[str]) -> Any:
 def _arithmetic(step: Step, name: str, value: Any) -> str:
     """The lines of a step's arithmetic that name the key or hold its value."""
     number = re.escape(f"{value:,}") if isinstance(value, int) else re.escape(str(value))
-    lines = [line for line in step.arithmetic if re.search(rf"\b{name}\b|(?<![\d.,]){number}(?![\d.,])", line)]
+    told = [line for line in step.arithmetic if not line.startswith("auto: ")] + [line for line in step.arithmetic if line.startswith("auto: ")][:1]
+    lines = [line for line in told if re.search(rf"\b{name}\b|(?<![\d.,]){number}(?![\d.,])", line)]
     return f" ({'; '.join(lines)})" if lines else ""
 
 

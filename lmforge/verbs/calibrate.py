@@ -19,6 +19,9 @@ USAGE = "type: calibrate [output=FOLDER] [links=false] [--json]"
 
 def main(argv: Sequence[str]) -> int:
     """Measure, write, and say what was found."""
+    if set(argv) & {"-h", "--help"}:
+        print(USAGE.removeprefix("type: "))
+        return 0
     output, links = "outputs", True
     for word in argv:
         key, _, value = word.partition("=")

@@ -96,7 +96,7 @@ def test_where_nothing_near_fits_the_smallest_hardware_is_named(plan_of: PlanOf)
 def test_an_evaluation_that_does_not_fit_can_be_left_out(words: tuple[str, ...], named: str, way: str, plan_of: PlanOf) -> None:
     problem = refusal(plan_of, words)
     assert problem.where == named
-    assert problem.instead.startswith(f"type {way}, or ")
+    assert problem.instead.startswith(f"type {way}; or ")
     assert plan_of(*words, way)
 
 
@@ -128,3 +128,28 @@ def test_another_machines_calibration_is_named_and_left_aside(plan_of: PlanOf, t
     assert told.err.startswith(f"warning: outputs/calibration/{known['fingerprint']}.json was measured on {known['name']}")
     assert "no time: " in told.out
     assert calibration.read(folder / f"{known['fingerprint']}.json").name == known["name"]
+
+
+def test_offloading_frees_nothing_on_a_cpu(plan_of: PlanOf) -> None:
+    """A host's devices are its memory."""
+    words = ("stage=pretrain", "model=7b", "hardware=cpu", "eval=none")
+    assert "nothing fits" in refusal(plan_of, (*words, "parallel=auto")).what
+    assert "needs" in refusal(plan_of, (*words, "parallel=fsdp", "parallel.devices=2", "parallel.cpu_offload=true")).what
+
+
+def test_what_a_gpu_offloads_is_told_of_its_host(plan_of: PlanOf) -> None:
+    """16 bytes of each of 13,716,198,400 parameters, over one node."""
+    words = ("stage=sft", "model=13b", "precision=bf16", "parallel=fsdp", "parallel.cpu_offload=true", "hardware=a100_40x8", "eval=none")
+    assert "offloaded: 204.4 GiB in each node's host memory, of which no more is known" in trained(plan_of(*words)).arithmetic
+
+
+def test_a_search_without_times_says_what_it_would_need(plan_of: PlanOf) -> None:
+    words = ("stage=pretrain", "model=70b", "precision=bf16", "parallel=auto", "hardware=h100x8", "hardware.links.host=null", "eval=none")
+    chosen = next(line for line in trained(plan_of(*words)).arithmetic if line.startswith("auto: "))
+    assert "without times, for hardware.links.host is not known" in chosen
+
+
+def test_a_hosts_hours_are_those_of_all_its_cores(plan_of: PlanOf) -> None:
+    """One process computes with all of them."""
+    cost = trained(plan_of("stage=pretrain", "model=nano", "hardware=cpu", "eval=none")).cost
+    assert cost.device_hours == pytest.approx(8 * (cost.seconds or 0) / 3600)

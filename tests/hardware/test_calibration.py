@@ -87,12 +87,31 @@ def test_another_machines_is_named_and_ignored(tmp_path: Path) -> None:
     file = other.save(tmp_path)
     assert calibrated(at, tmp_path) == (at, "")
     line = strangers(at, tmp_path)
-    assert "was measured on NVIDIA H100 80GB HBM3 (8 devices) and not on laptop, 8 cores, 16 GiB: ignored" in line
+    theirs, ours = f"NVIDIA H100 80GB HBM3 (8 devices, {other.fingerprint})", f"laptop, 8 cores, 16 GiB ({at.fingerprint})"
+    assert f"was measured on {theirs} and not on {ours}: ignored" in line
     file.rename(file.with_name(f"{at.fingerprint}.json"))
     found, warning = calibrated(at, tmp_path)
     assert found == at
     assert "NVIDIA H100 80GB HBM3" in warning
     assert "\n" not in warning + line
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("threads", 0), ("attention", {}), ("step", -1.0), ("bandwidth", 0.0), ("latency", -1e-6), ("memory", 0.0), ("matmul", {})],
+)
+def test_a_damaged_calibration_is_refused_in_one_line(name: str, value: object, tmp_path: Path) -> None:
+    file = measured("h100x8").save(tmp_path)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(ConfigError, match="is no calibration: ") as found:
+        read(file)
+    assert len(str(found.value).splitlines()) == 1
+
+
+def test_a_damaged_one_of_another_machine_is_named_only(tmp_path: Path) -> None:
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "zzz.json").write_text("{")
+    assert "zzz.json is not used, and cannot be read as a calibration" in strangers(machine("cpu"), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -174,3 +174,17 @@ def same(said: Any, value: Any) -> bool:
         return bool(float(said) == float(value))
     except (TypeError, ValueError):
         return bool(said == value or str(said) == str(value))
+
+
+def test_an_option_that_begins_from_another_names_both(cli: Cli) -> None:
+    """h100x512 begins from h100x1; only the first was typed."""
+    _, found, out = layers(cli, "hardware.memory_bytes", "hardware=h100x512", "stage=pretrain", "model=1b")
+    assert [place.partition(":")[0] for place, _ in found] == ["conf/hardware/h100x1.yaml"]
+    assert "hardware=h100x1 by conf/hardware/h100x512.yaml:3, hardware=h100x512 by typed" in out
+
+
+def test_a_key_that_is_none_is_answered_in_a_short_line(cli: Cli) -> None:
+    answer = cli("plan", "--why", "nonsense", "stage=pretrain", "model=nano")
+    assert answer.code == 2
+    assert answer.err.startswith("conf error: nonsense: unknown key; keys begin with one of: ")
+    assert len(answer.err) < 300
