@@ -122,17 +122,17 @@ class Open:
         """Meshes that nothing refuses, by devices: those of all devices, or of the most that work, and one device."""
         most = self.auto.devices or self.machine.devices
         if self.auto.devices:
-            found = {most: self._allowed(most)}
+            found = {most: list(self._allowed(most))}
         else:
-            first = next((count for count in range(most, 0, -1) if self._allowed(count)), most)
-            found = {count: self._allowed(count) for count in (first, 1)}
+            first = next((count for count in range(most, 0, -1) if any(True for _ in self._allowed(count))), most)
+            found = {count: list(self._allowed(count)) for count in (first, 1)}
         found = {count: meshes for count, meshes in found.items() if meshes}
         if not found:
             raise self._refused(most)
         return found
 
-    def _allowed(self, devices: int) -> list[Candidate]:
-        return [one for one in self.space.meshes(devices) if self.space.rows % (one.dp_replicate * one.dp_shard) == 0 and not self._problems(one)]
+    def _allowed(self, devices: int) -> Iterator[Candidate]:
+        return (one for one in self.space.meshes(devices) if self.space.rows % (one.dp_replicate * one.dp_shard) == 0 and not self._problems(one))
 
     def _problems(self, one: Candidate) -> tuple[Problem, ...]:
         """Why a mesh is refused, by the rules that a typed one has to follow."""

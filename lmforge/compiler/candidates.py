@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -73,8 +74,7 @@ class Space:
                         yield self._cheapest(devices, pp, tp, ranks // shard, shard)
 
     def _sizes(self, typed: int | None, devices: int, fits: Callable[[int], bool]) -> list[int]:
-        sizes = [typed] if typed else [one for one in range(1, devices + 1) if fits(one)]
-        return [one for one in sizes if devices % one == 0]
+        return [one for one in divisors(devices) if (one == typed if typed else fits(one))]
 
     def _cheapest(self, devices: int, pp: int, tp: int, replicate: int, shard: int) -> Candidate:
         first = Candidate(devices, pp, tp, replicate, shard, True, "none", False, 1, 1)
@@ -124,9 +124,16 @@ class Space:
         return dataclasses.replace(fewest, reshard=self._reshards(one)[-1], offload=self._offloads(one)[-1])
 
 
+@functools.lru_cache(maxsize=4096)
+def divisors(number: int) -> tuple[int, ...]:
+    """All of a number, the least first."""
+    low = [one for one in range(1, math.isqrt(number) + 1) if number % one == 0]
+    return tuple(low + [number // one for one in reversed(low) if one * one != number])
+
+
 @functools.lru_cache(maxsize=1024)
 def _sizes_of(each: int, most: int) -> tuple[int, ...]:
     """The largest divisors of a rank's rows up to each power of two, and up to the most that there may be."""
-    divisors = [size for size in range(1, most + 1) if each % size == 0]
+    fitting = [size for size in divisors(each) if size <= most]
     limits = [*(2**power for power in range(most.bit_length())), most]
-    return tuple(sorted({max(size for size in divisors if size <= limit) for limit in limits}))
+    return tuple(sorted({max(size for size in fitting if size <= limit) for limit in limits}))
