@@ -32,6 +32,9 @@ VALUED = ("--why", "--analyze")  # each followed by its word
 
 def main(argv: Sequence[str]) -> int:
     """Print the plan as a tree, or as JSON, or what is asked of it instead."""
+    if {"-h", "--help"} & set(argv):
+        print((__doc__ or "").strip())
+        return 0
     asked, words = questions(argv)
     as_json = asked.pop("--json", None) is not None
     if len(asked) > 1:

@@ -133,3 +133,9 @@ def test_cfg_job_is_the_composed_config(cli: Cli) -> None:
     config = yaml.safe_load(cli("--cfg", "job", "stage=dpo", "stage.dpo.beta=0.2", "optimizer=muon").out)
     assert (config["stage"]["dpo"]["beta"], config["optimizer"]["type"]) == (0.2, "muon")
     assert list(config["stage"]) == ["dpo"]
+
+
+def test_help_names_every_question(cli: Cli) -> None:
+    answer = cli("plan", "--help")
+    assert (answer.code, answer.err, answer.written) == (0, "", [])
+    assert all(f"--{word}" in answer.out for word in ("json", "launch", "why KEY", "table", "analyze RUN"))
